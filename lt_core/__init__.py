@@ -1,0 +1,30 @@
+"""Long-tail recognition via compositional knowledge transfer (Parisot et al., CVPR 2022), reproduced.
+
+What people use on their own features, importable from here (loaded on first use, so that the command line
+answers at once):
+
+    from lt_core import ensemble_probabilities, group_accuracy, hybrid_classifier, prototypes
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "attention": "transfer",
+    "continual_classifier": "transfer",
+    "cosine_logits": "transfer",
+    "ensemble_probabilities": "transfer",
+    "hybrid_classifier": "transfer",
+    "knowledge_transfer": "transfer",
+    "prototypes": "transfer",
+    "group_accuracy": "metrics",
+    "load_cache": "features",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lt_core.{_PUBLIC[name]}"), name)

@@ -1,0 +1,110 @@
+"""Training batches from a uint8 image array: crop, flip and colour jitter of the whole batch at once.
+
+Runs on the device that holds the images. Every random choice comes from the generator given.
+
+    pixels = augment(images, indices, recipe.augmentation, generator)      # float [B, C, H, W]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
+
+from lt_core.profiles import Augmentation
+
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green, blue in a grey image (ITU-R BT.601)
+
+
+def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Images [M, H, W, C] (uint8) at `indices` [B], augmented: pixels 0..255 as float [B, C, H, W].
+
+    The result is channels-last in memory, which convolutions on CPU and GPU run fastest on.
+    """
+    indices = indices.to(images.device)
+    if how.random_resized_crop:
+        pixels = to_pixels(images[indices])
+        pixels = random_resized_crop(pixels, how.random_resized_crop, how.flip, generator)
+    elif how.crop_padding or how.flip:
+        pixels = to_pixels(crop_and_flip(images, indices, how.crop_padding, how.flip, generator))
+    else:
+        pixels = to_pixels(images[indices])
+    return colour_jitter(pixels, how.colour_jitter, generator) if how.colour_jitter else pixels
+
+
+def to_pixels(batch: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] as float [B, C, H, W] in channels-last memory (features [B, F] pass through)."""
+    return batch.permute(0, 3, 1, 2).float() if batch.ndim == 4 else batch
+
+
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Bicubic resampling of pixels [B, C, H, W] to size x size, clipped to 0..255; size 0 keeps them."""
+    if not size or pixels.ndim != 4 or pixels.shape[-1] == size:
+        return pixels
+    return interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False).clamp_(0, 255)
+
+
+def crop_and_flip(
+    images: Tensor, indices: Tensor, padding: int, flip: bool, generator: torch.Generator
+) -> Tensor:
+    """Random crops of images with a reflected border, half of them mirrored: uint8 [B, H, W, C].
+
+    One gather does padding, crop and flip: the reflected border exists only as index arithmetic.
+    """
+    batch, (height, width) = len(indices), images.shape[1:3]
+    top = torch.randint(2 * padding + 1, (batch, 1), generator=generator) - padding
+    left = torch.randint(2 * padding + 1, (batch, 1), generator=generator) - padding
+    rows = _reflect(top + torch.arange(height), height)
+    columns = _reflect(left + torch.arange(width), width)
+    if flip:
+        mirrored = torch.rand((batch, 1), generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).to(images.device)
+    flat = flat + indices[:, None, None] * (height * width)
+    channels = images.shape[3]
+    return images.reshape(-1, channels)[flat.reshape(-1)].reshape(batch, height, width, channels)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """-1 -> 1, size -> size - 2: a border mirrored without repeating the edge."""
+    positions = positions.abs()
+    return torch.where(positions >= size, 2 * (size - 1) - positions, positions)
+
+
+def random_resized_crop(pixels: Tensor, smallest: float, flip: bool, generator: torch.Generator) -> Tensor:
+    """Crops of `smallest`..1 of the area, aspect 3/4..4/3, resampled to full size (bilinear), half mirrored.
+
+    As torchvision's RandomResizedCrop, but a box that does not fit is clipped instead of drawn again.
+    """
+    batch = len(pixels)
+    area = torch.empty(batch).uniform_(smallest, 1, generator=generator)
+    aspect = torch.exp(
+        torch.empty(batch).uniform_(-1, 1, generator=generator) * torch.log(torch.tensor(4 / 3))
+    )
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    shift = torch.empty(2, batch).uniform_(-1, 1, generator=generator)
+    mirror = (
+        torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(batch)
+    )
+    zero = torch.zeros(batch)
+    across = torch.stack([width * mirror, zero, shift[0] * (1 - width)], dim=1)
+    down = torch.stack([zero, height, shift[1] * (1 - height)], dim=1)
+    boxes = torch.stack([across, down], dim=1).to(pixels.device)
+    grid = torch.nn.functional.affine_grid(boxes, list(pixels.shape), align_corners=False)
+    cropped = grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return cropped.contiguous(memory_format=torch.channels_last)
+
+
+def colour_jitter(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation, each times 1 +- strength per image (in this order)."""
+
+    def factors() -> Tensor:
+        values = torch.empty(len(pixels), 1, 1, 1).uniform_(1 - strength, 1 + strength, generator=generator)
+        return values.to(pixels.device)
+
+    luma = torch.tensor(LUMA, device=pixels.device).view(1, 3, 1, 1)
+    pixels = (pixels * factors()).clamp_(0, 255)
+    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    pixels = torch.lerp(mean, pixels, factors()).clamp_(0, 255)
+    grey = (pixels * luma).sum(1, keepdim=True)
+    return torch.lerp(grey, pixels, factors()).clamp_(0, 255)

@@ -1,0 +1,387 @@
+"""A named backbone of a profile, end to end: data, network, training, extraction, feature cache.
+
+cache = load("embedded", "sqrt")            # what notebooks call
+ensure("digits", "continual", seed=0)       # trains first where that is needed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lt_core import paths
+from lt_core.datasets import Dataset, Split, load_dataset
+from lt_core.errors import CacheError, DataError, TrainingError
+from lt_core.features import META, FeatureCache, load_cache, principal_directions, read_meta, save_cache
+from lt_core.groups import group_of
+from lt_core.losses import build_loss
+from lt_core.methods import predict
+from lt_core.metrics import group_accuracy
+from lt_core.models import START_SCALE, Model, build_backbone, build_classifier, load_imagenet_weights
+from lt_core.profiles import Backbone, Profile, Recipe, load_profile
+from lt_core.train import Machine, apply, fit, load_checkpoint, this_machine
+from lt_core.transfer import prototypes
+
+Say = Callable[[str], None]
+
+
+# ---------------------------------------------------------------- finding caches
+
+
+def cache_folder(profile: str, backbone: str, seed: int, out: Path | None = None) -> Path:
+    """Where a cache lies: caches/<dataset>/<backbone>/seed<N>, below `out`, the outputs or the checkout."""
+    relative = Path(load_profile(profile).dataset_of(backbone)) / backbone / f"seed{seed}"
+    folder = (out or paths.caches()) / relative
+    shipped = paths.SHIPPED_CACHES / relative
+    return shipped if out is None and not (folder / META).exists() and (shipped / META).exists() else folder
+
+
+def ensure(
+    profile: str, backbone: str, seed: int, data_root: str | None = None, progress: Say = print
+) -> Path:
+    """The cache folder, after training the backbone where its cache is missing and the profile trains.
+
+    Raises CacheError when the cache is missing and cannot be made here, saying what to do.
+    """
+    folder = cache_folder(profile, backbone, seed)
+    if (folder / META).exists():
+        return folder
+    chosen = load_profile(profile)
+    if not chosen.trains:
+        raise CacheError(
+            f"the cache {folder} is missing: fetch the repository's caches again, or train it with "
+            f"`python -m lt_core train --profile small --backbone {backbone} --seed {seed} --data-root DIR`"
+        )
+    train_backbone(chosen, backbone, seed, data_root, say=progress)
+    return folder
+
+
+def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = None) -> FeatureCache:
+    """The feature cache of one backbone and seed (trained first where the profile does that)."""
+    return load_cache(ensure(profile, backbone, seed, data_root))
+
+
+# ---------------------------------------------------------------- training one
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training and extraction of one backbone need, made by `prepare`."""
+
+    profile: Profile
+    name: str
+    seed: int
+    data: Dataset  # for a frozen backbone: its features in place of the images
+    kept: Tensor  # classes that the classifier learns [K]
+    model: Model
+    machine: Machine
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.profile.backbone(self.name)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.profile.recipes[self.backbone.recipe]
+
+
+def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None, say: Say = print) -> Job:
+    """Load the data and build the network with the weights that it starts from."""
+    backbone = profile.backbone(name)
+    recipe = profile.recipes[backbone.recipe]
+    machine = this_machine()
+    say(f"{profile.name}/{name} seed {seed}: {machine.description}")
+    data = load_dataset(profile.dataset_of(name), data_root)
+    torch.manual_seed(seed)
+    network = build_backbone(backbone.network)
+    _start(network, profile, backbone, seed, data_root, say)
+    num_features = network.num_features
+    if recipe.frozen:
+        data = _as_features(network, data, recipe.input_size, backbone.feature_dims, machine, say)
+        num_features, network = data.splits["train"].images.shape[1], nn.Identity()
+    kept = _trained_classes(backbone, data)
+    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)))
+    return Job(profile, name, seed, data, kept, model, machine)
+
+
+def train_backbone(
+    profile: Profile,
+    name: str,
+    seed: int,
+    data_root: str | None = None,
+    out: Path | None = None,
+    say: Say = print,
+) -> Path:
+    """Train one backbone and write its cache into the folder returned; resumes what a killed call left."""
+    started = time.monotonic()
+    folder = (out or paths.caches()) / profile.dataset_of(name) / name / f"seed{seed}"
+    job = prepare(profile, name, seed, data_root, say)
+    run = _run_folder(profile, name, job.backbone, seed, job.data)
+    loss = build_loss(job.backbone.loss, job.data.counts[job.kept])
+    shown = _only(job.data, job.kept)
+    history = fit(job.model, shown, job.recipe, job.backbone.sampler, loss, seed, run, job.machine, say)
+    if job.machine.rank == 0:
+        write_cache(job, folder, run / "best.pt", history, seconds=round(time.monotonic() - started, 1))
+        say(f"{profile.name}/{name} seed {seed}: {_one_line(read_meta(folder))}; cache in {folder}")
+    return folder
+
+
+def write_cache(
+    job: Job, folder: Path, best: Path | None = None, history: list | None = None, **more: object
+) -> None:
+    """Extract features of all splits with the model as it stands and write the cache with its provenance.
+
+    With `best`, the accuracies of that checkpoint (best epoch on validation data) are stated beside the last.
+    Raises TrainingError for a model at chance.
+    """
+    cache = extract(job)
+    accuracies = {"last": _accuracies(cache)}
+    _refuse_chance(accuracies["last"], len(job.kept))
+    if best is not None:
+        saved = load_checkpoint(best)
+        job.model.load_state_dict(saved["model"])
+        accuracies["best_on_validation"] = _accuracies(extract(job))
+        more["epoch_of_best"] = saved["epoch"]
+    meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
+    save_cache(folder, replace(cache, meta=meta))
+
+
+def _start(
+    network: nn.Module, profile: Profile, backbone: Backbone, seed: int, data_root: str | None, say: Say
+) -> None:
+    """Fill the network with the weights that the backbone starts from."""
+    if backbone.start == "imagenet":
+        load_imagenet_weights(network, backbone.network)
+    elif backbone.start != "scratch":
+        weights = pretrain(profile, backbone.start, seed, data_root, say)
+        try:
+            network.load_state_dict(load_checkpoint(weights)["backbone"])
+        except (KeyError, RuntimeError):
+            raise CacheError(f"{weights} does not fit the network {backbone.network}: delete it") from None
+
+
+def pretrain(profile: Profile, name: str, seed: int, data_root: str | None = None, say: Say = print) -> Path:
+    """Train a pre-training network where that is not done yet; returns the file with its weights."""
+    chosen = profile.pretraining[name]
+    recipe = profile.recipes[chosen.recipe]
+    data = load_dataset(chosen.dataset, data_root)
+    run = _run_folder(profile, name, chosen, seed, data)
+    weights = run / "backbone.pt"
+    if not weights.exists():
+        say(f"{profile.name}/{name} seed {seed}: pre-training on {data.name}; {run.name}")
+        torch.manual_seed(seed)
+        network = build_backbone(chosen.network)
+        model = Model(network, build_classifier("cosine", network.num_features, data.num_classes))
+        loss = build_loss("cross_entropy", data.counts)
+        fit(model, data, recipe, "uniform", loss, seed, run, say=say)
+        with paths.atomic(weights) as temporary:
+            torch.save({"backbone": network.state_dict()}, temporary)
+    return weights
+
+
+def _run_folder(profile: Profile, name: str, what: object, seed: int, data: Dataset) -> Path:
+    """runs/<dataset>/<name>/seed<N>-<fingerprint>: another recipe, start or list is another run."""
+    start = getattr(what, "start", "scratch")
+    description = [
+        what.model_dump(exclude={"seeds", "feature_dims"}),
+        profile.recipes[what.recipe].model_dump(),
+        profile.pretraining[start].model_dump() if start in profile.pretraining else start,
+        {
+            split: hashlib.sha256(part.labels.numpy().tobytes()).hexdigest()
+            for split, part in data.splits.items()
+        },
+    ]
+    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:8]
+    folder = paths.runs() / data.name / name / f"seed{seed}-{fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _trained_classes(backbone: Backbone, data: Dataset) -> Tensor:
+    """Classes that the classifier learns [K]: all, or those that are not few-shot (`continual`, Sec. 4.3)."""
+    if backbone.leave_out == "nothing":
+        return torch.arange(data.num_classes)
+    return torch.from_numpy(np.flatnonzero(~group_of(data.counts)["few"]))
+
+
+def _only(data: Dataset, kept: Tensor) -> Dataset:
+    """The data set restricted to the kept classes, with labels 0..K-1."""
+    if len(kept) == data.num_classes:
+        return data
+    new_label = torch.full((data.num_classes,), -1)
+    new_label[kept] = torch.arange(len(kept))
+    splits = {}
+    for name, split in data.splits.items():
+        labels = new_label[split.labels]
+        splits[name] = Split(split.images[labels >= 0], labels[labels >= 0])
+    return Dataset(data.name, tuple(data.class_names[c] for c in kept), splits)
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def _as_features(
+    network: nn.Module, data: Dataset, input_size: int, dims: int, machine: Machine, say: Say
+) -> Dataset:
+    """A data set of features [M, F] in place of images: what a frozen backbone's classifier is trained on.
+
+    With `dims`, the features are projected to the principal directions of the training features first.
+    """
+    model = Model(network, nn.Identity()).to(machine.device, memory_format=torch.channels_last)
+    features = {}
+    for name, split in data.splits.items():
+        say(f"extracting {len(split)} {name} features")
+        features[name], _ = apply(model, split.images, input_size, machine)
+    if dims:
+        directions = principal_directions(features["train"], dims)
+        features = {name: values @ directions for name, values in features.items()}
+    splits = {name: Split(features[name], split.labels) for name, split in data.splits.items()}
+    return replace(data, splits=splits)
+
+
+def extract(job: Job) -> FeatureCache:
+    """Features of all splits without augmentation, classifier (NaN rows for classes left out), prototypes."""
+    splits = {
+        name: (apply(job.model, split.images, job.recipe.input_size, job.machine)[0], split.labels)
+        for name, split in job.data.splits.items()
+    }
+    classifier, dims = job.model.classifier, job.backbone.feature_dims
+    learned = classifier.weight.detach().float().cpu()
+    if dims and dims < learned.shape[1]:
+        directions = principal_directions(splits["train"][0], dims)
+        splits = {name: (features @ directions, labels) for name, (features, labels) in splits.items()}
+        learned = learned @ directions
+    weights = torch.full((job.data.num_classes, learned.shape[1]), torch.nan)
+    weights[job.kept] = learned
+    cosine = job.backbone.classifier == "cosine"
+    return FeatureCache(
+        weights=weights,
+        scale=classifier.scale.item() if cosine else START_SCALE,
+        bias=None if cosine else classifier.bias.detach().float().cpu(),
+        counts=job.data.counts,
+        prototypes=prototypes(*splits["train"], job.data.num_classes),
+        splits=splits,
+        meta={"class_names": list(job.data.class_names)},
+    )
+
+
+def _accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Percent per group of the learned classifier and the prototypes on validation and test images.
+
+    None for a group without classes, and for few-shot and total where few-shot classes were not trained on.
+    """
+    result: dict[str, dict[str, dict[str, float | None]]] = {}
+    learned = "cosine" if cache.bias is None else "dot_product"
+    for split in ("val", "test"):
+        result[split] = {}
+        for name, method in (("classifier", learned), ("prototypes", "prototypes")):
+            groups = group_accuracy(predict(cache, method, split), cache.labels(split), cache.counts)
+            if name == "classifier" and not cache.trained.all():
+                groups |= {"few": math.nan, "total": math.nan}
+            result[split][name] = {g: None if math.isnan(v) else round(v, 2) for g, v in groups.items()}
+    return result
+
+
+def _refuse_chance(accuracies: dict, num_classes: int) -> None:
+    """Raises TrainingError for a classifier that learned nothing (many-shot validation within twice chance)."""
+    many = accuracies["val"]["classifier"]["many"]
+    if many <= 200 / num_classes:
+        raise TrainingError(
+            f"validation accuracy {many:.2f} % on many-shot classes is chance among {num_classes}: nothing "
+            "was learned, so no cache is written; check the learning rate and the images"
+        )
+
+
+def _one_line(meta: dict) -> str:
+    parts = []
+    for name, groups in meta["accuracies"]["last"]["test"].items():
+        parts.append(f"{name} " + " / ".join("-" if v is None else f"{v:.1f}" for v in groups.values()))
+    return "test, many / medium / few / total: " + ", ".join(parts)
+
+
+def _provenance(job: Job) -> dict[str, object]:
+    """What `meta.json` says of where a cache comes from."""
+    return {
+        "profile": job.profile.name,
+        "dataset": job.data.name,
+        "backbone": job.name,
+        **job.backbone.model_dump(exclude={"role", "recipe", "seeds"}),
+        "recipe": job.recipe.model_dump(),
+        "checkpoint": "last",
+        "seed": job.seed,
+        "class_names": list(job.data.class_names),
+        "wnids": list(job.data.wnids) if job.data.wnids else None,
+        "code_version": code_version(),
+        "torch": torch.__version__,
+        "hardware": job.machine.description,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def code_version() -> str:
+    """The checkout's commit, with `+changes` where files differ from it; `unknown` outside git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "lt_core")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def train_command(
+    profile: str, backbone: str, seed: int | None = None, data_root: str | None = None, out: str | None = None
+) -> None:
+    """`python -m lt_core train`: one backbone, or `all` of the profile, skipping what is done."""
+    chosen = load_profile(profile)
+    if not chosen.trains:
+        raise DataError(
+            f"profile {profile} ships its caches and trains nothing; `small` trains what it ships"
+        )
+    names = list(chosen.backbones) if backbone == "all" else [backbone]
+    seeds = {name: [seed] if seed is not None else chosen.backbone(name).seeds for name in names}
+    jobs = sorted(((s, name) for name in names for s in seeds[name]), key=lambda job: job[0])
+    started, done = time.monotonic(), 0
+    target = Path(out).resolve() if out else paths.caches()
+    for number, (one_seed, name) in enumerate(jobs, start=1):
+        folder = target / chosen.dataset_of(name) / name / f"seed{one_seed}"
+        if (folder / META).exists():
+            print(f"[{number}/{len(jobs)}] {name} seed {one_seed}: done already, {folder}")
+            continue
+        print(f"[{number}/{len(jobs)}] {name} seed {one_seed}", flush=True)
+        train_backbone(chosen, name, one_seed, data_root, target, say=lambda line: print(line, flush=True))
+        done += 1
+        passed = time.monotonic() - started
+        print(f"{passed / 60:.1f} min so far, about {passed / done * (len(jobs) - number) / 60:.0f} min left")
+
+
+def extract_command(
+    profile: str, backbone: str, checkpoint: str, out: str, data_root: str | None = None
+) -> None:
+    """`python -m lt_core extract`: a feature cache in `out` from a run's last.pt or best.pt."""
+    saved = load_checkpoint(Path(checkpoint))
+    job = prepare(load_profile(profile), backbone, saved.get("seed", 0), data_root)
+    try:
+        job.model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError):
+        raise CacheError(f"{checkpoint} is not a checkpoint of {profile}/{backbone}") from None
+    write_cache(job, Path(out), history=saved.get("history"))
+    print(f"{_one_line(read_meta(Path(out)))}; cache in {out}")

@@ -1,0 +1,402 @@
+"""Long-tail data sets as arrays: images uint8 [M, H, W, C], labels [M], class names, training counts.
+
+Images are decoded once, in parallel, from a folder or an archive into one array cached on disk. The lists
+that make a balanced data set long-tailed follow one stated rule (`long_tail_lists`) and are read where the
+data root has them.
+
+    data = load_dataset("tiny_imagenet_lt", data_root="data")
+    data.splits["train"].images, data.counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lt_core import paths
+from lt_core.errors import DataError, InputError, unknown
+
+Record = tuple[str, int]  # path below the image folder, label
+SPLITS = ["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [M, H, W, C] as uint8 (or features [M, F] as float32) with labels [M] (int64)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Named splits (`train`, `val`, `test`) over the same classes."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    wnids: tuple[str, ...] | None = None  # WordNet 3.0 identifiers, where the classes are synsets
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def counts(self) -> Tensor:
+        """Training images per class [N]."""
+        return torch.bincount(self.splits["train"].labels, minlength=self.num_classes)
+
+
+# ---------------------------------------------------------------- the long-tail rule
+
+
+def pareto_counts(
+    num_classes: int = 200, largest: int = 480, smallest: int = 5, alpha: float = 6.0
+) -> np.ndarray:
+    """Counts [N], largest first: scaled Pareto (Lomax) quantiles (Tiny-ImageNet-LT)."""
+    quantiles = (1 - (np.arange(num_classes) + 0.5) / num_classes) ** (-1 / alpha) - 1
+    quantiles = np.sort(quantiles)[::-1] / quantiles.max()
+    return np.clip(np.round(quantiles * largest), smallest, largest).astype(int)
+
+
+def exponential_counts(num_classes: int = 100, largest: int = 480, smallest: int = 5) -> np.ndarray:
+    """Counts [N], largest first, falling geometrically from `largest` to `smallest` (CIFAR-100-LT)."""
+    return np.round(largest * (smallest / largest) ** (np.arange(num_classes) / (num_classes - 1))).astype(
+        int
+    )
+
+
+def long_tail_lists(files: list[list[str]], sorted_counts: np.ndarray, images_per_class: int = 500) -> dict:
+    """Lists {"train", "val", "balanced"} of (path, label) from each class's files, by the repository's rule.
+
+    One generator (NumPy's RandomState(0)) lays the sorted counts on the classes, then shuffles each class's
+    files, sorted by name: the first n_c are training images, the last 20 validation images, the first 100
+    the balanced pre-training subset. Raises DataError unless each class has `images_per_class` files.
+    """
+    generator = np.random.RandomState(0)
+    counts = sorted_counts[generator.permutation(len(files))]
+    lists: dict[str, list[Record]] = {"train": [], "val": [], "balanced": []}
+    for label, (names, count) in enumerate(zip(files, counts, strict=True)):
+        if len(names) != images_per_class:
+            raise DataError(
+                f"class {label} has {len(names)} of {images_per_class} images: the long-tail lists are made "
+                "from the full data set; for a part of it put the lists themselves into the data root"
+            )
+        shuffled = np.array(sorted(names))[generator.permutation(images_per_class)]
+        lists["train"] += [(str(name), label) for name in shuffled[:count]]
+        lists["val"] += [(str(name), label) for name in shuffled[-20:]]
+        lists["balanced"] += [(str(name), label) for name in shuffled[:100]]
+    return lists
+
+
+def read_list(path: Path) -> list[Record]:
+    """Records of a `path label` list. Raises DataError naming a line that is none or points upwards."""
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal():
+            raise DataError(f"{path}, line {number}: expected `path label`, found {line[:80]!r}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{path}, line {number}: {name!r} points out of the data set")
+        records.append((str(PurePosixPath(name)), int(label)))
+    if not records:
+        raise DataError(f"the list {path} is empty")
+    return records
+
+
+# ---------------------------------------------------------------- where images come from
+
+
+class ImageSource:
+    """The files below one folder, which lies in the data root as a folder or as a .tar(.gz) or .zip archive.
+
+    Archives are read in place, never unpacked. Raises DataError when there is neither.
+    """
+
+    def __init__(self, root: Path, folder: str) -> None:
+        self.path = self._find(root, folder)
+        self._prefix = folder + "/"
+        self._archive: tarfile.TarFile | zipfile.ZipFile | None = None
+        self._lock = threading.Lock()
+        try:
+            if self.path.is_dir():
+                self.names = {
+                    p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()
+                }
+            elif self.path.suffix == ".zip":
+                self._archive = zipfile.ZipFile(self.path)
+                self._members = {name: name for name in self._archive.namelist()}
+            else:
+                self._archive = tarfile.open(self.path)  # noqa: SIM115 (closed with the source)
+                self._members = {member.name: member for member in self._archive if member.isfile()}
+        except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from None
+        if not self.path.is_dir():
+            self.names = {n.removeprefix(self._prefix) for n in self._members if n.startswith(self._prefix)}
+
+    def __del__(self) -> None:
+        if getattr(self, "_archive", None) is not None:
+            self._archive.close()
+
+    @staticmethod
+    def _find(root: Path, folder: str) -> Path:
+        archives = [
+            *root.glob(f"{folder}*.tar"),
+            *root.glob(f"{folder}*.tar.gz"),
+            *root.glob(f"{folder}*.zip"),
+        ]
+        for path in [root / folder, *sorted(archives)]:
+            if path.exists():
+                return path
+        raise DataError(
+            f"{root} has neither the folder {folder} nor an archive {folder}*.tar, .tar.gz or .zip"
+        )
+
+    def read(self, name: str) -> bytes:
+        """Content of one file; raises DataError naming it when it is missing or cut short."""
+        try:
+            if self.path.is_dir():
+                return (self.path / name).read_bytes()
+            member = self._members[self._prefix + name]
+            with self._lock:
+                if isinstance(self._archive, zipfile.ZipFile):
+                    return self._archive.read(member)
+                return self._archive.extractfile(member).read()
+        except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+            raise DataError(f"{name} in {self.path} cannot be read: {error}") from None
+
+    def stamp(self) -> list:
+        """What changes when the files do: path, size and time of change."""
+        files = [self.path / n for n in sorted(self.names)] if self.path.is_dir() else [self.path]
+        states = [path.stat() for path in files]
+        return [str(self.path), sum(s.st_size for s in states), max(s.st_mtime_ns for s in states)]
+
+
+def decode(content: bytes, size: int, name: str = "image") -> np.ndarray:
+    """One image as uint8 [size, size, 3]: short side resampled to `size`, centre cut. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                scale = size / min(image.size)
+                image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                image = image.crop((left, top, left + size, top + size))
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is not a readable image: {error}") from None
+
+
+def decode_split(source: ImageSource, records: list[Record], size: int, label: str) -> Split:
+    """All images of a list, decoded in parallel on first use and read from the disk cache afterwards."""
+    missing = [name for name, _ in records if name not in source.names]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(records)} images that the {label} list names are missing in {source.path}"
+            f", first {missing[0]}"
+        )
+    names = [name for name, _ in records]
+    key = hashlib.sha256(json.dumps([names, size, source.stamp()]).encode()).hexdigest()[:16]
+    path = paths.decoded() / "decoded" / f"{label}-{size}px-{key}.npy"
+    shape = (len(names), size, size, 3)
+    images = _read_array(path, shape)
+    if images is None:
+        images = np.empty(shape, dtype=np.uint8)
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(
+                lambda name: decode(source.read(name), size, f"{name} in {source.path}"), names
+            )
+            for row, image in enumerate(decoded):
+                images[row] = image
+        with paths.atomic(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, images)
+    labels = torch.tensor([label for _, label in records])
+    return Split(torch.from_numpy(images), labels)
+
+
+def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+# ---------------------------------------------------------------- the data sets
+
+
+def image_lists(
+    name: str,
+    source: ImageSource,
+    lists: dict[str, list[Record]],
+    class_names: Iterable[str],
+    size: int,
+    wnids: tuple[str, ...] | None = None,
+) -> Dataset:
+    """A data set from any tree of images and (path, label) lists for `train`, `val` and `test`.
+
+    Raises DataError for labels outside the classes, classes without training images and missing files.
+    """
+    class_names = tuple(class_names)
+    for split, records in lists.items():
+        labels = {label for _, label in records}
+        if max(labels) >= len(class_names):
+            raise DataError(
+                f"{name}: the {split} list has label {max(labels)}, but there are {len(class_names)} classes"
+            )
+        if split == "train" and (absent := set(range(len(class_names))) - labels):
+            raise DataError(
+                f"{name}: class {min(absent)} ({class_names[min(absent)]}) has no training images"
+            )
+    splits = {
+        split: decode_split(source, records, size, f"{name}-{split}") for split, records in lists.items()
+    }
+    return Dataset(name, class_names, splits, wnids)
+
+
+def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[str, list[Record]]]) -> dict:
+    """The lists `<prefix>_<name>.txt` of the data root; where there are none, those of `make()`."""
+    found = {name: root / f"{prefix}_{name}.txt" for name in names}
+    if any(path.is_file() for path in found.values()):
+        return {name: read_list(path) for name, path in found.items()}
+    made = make()
+    return {name: made[name] for name in names}
+
+
+def tiny_imagenet_classes(source: ImageSource) -> tuple[list[str], list[str]]:
+    """Tiny-ImageNet's wnids in the order of wnids.txt and the first English name of each."""
+    wnids = source.read("wnids.txt").decode().split()
+    words = dict(
+        line.split("\t", 1) for line in source.read("words.txt").decode().splitlines() if "\t" in line
+    )
+    return wnids, [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+
+
+def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list[Record]]:
+    """Tiny-ImageNet-LT's lists from the full tree; test = the official validation images."""
+    folders: dict[str, list[str]] = {wnid: [] for wnid in wnids}
+    for name in source.names:
+        parts = name.split("/")
+        if parts[0] == "train" and len(parts) == 4 and parts[1] in folders:
+            folders[parts[1]].append(name)
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    annotations = source.read("val/val_annotations.txt").decode().splitlines()
+    test = [(f"val/images/{line.split()[0]}", label_of[line.split()[1]]) for line in annotations]
+    return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
+
+
+def _tiny_imagenet(root: Path, name: str, names: list[str]) -> Dataset:
+    source = ImageSource(root, "tiny-imagenet-200")
+    wnids, words = tiny_imagenet_classes(source)
+    lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
+    if "balanced" in lists:
+        lists["train"] = lists.pop("balanced")
+    return image_lists(name, source, lists, words, 64, tuple(wnids))
+
+
+def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
+    """CIFAR-100-LT's lists (val-20 variant) from the full tree of PNG files."""
+
+    def files(split: str, name: str) -> list[str]:
+        return sorted(n for n in source.names if n.startswith(f"{split}/{name}/"))
+
+    made = long_tail_lists([files("train", name) for name in classes], exponential_counts(len(classes)))
+    test = [(file, label) for label, name in enumerate(classes) for file in files("test", name)]
+    return made | {"test": test}
+
+
+def _cifar100_lt(root: Path) -> Dataset:
+    source = ImageSource(root, "cifar-100-images")
+    classes = sorted({name.split("/")[1] for name in source.names if name.startswith("train/")})
+    lists = _listed(root, "CIFAR100_LT", SPLITS, lambda: cifar100_lists(source, classes))
+    return image_lists("cifar100_lt", source, lists, [name.replace("_", " ") for name in classes], 32)
+
+
+DIGIT_COUNTS = (120, 104, 75, 54, 39, 28, 20, 14, 9, 5)  # largest first
+DIGIT_VAL, DIGIT_TEST = 15, 40  # images a class
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 8 x 8 digits (1,797 images), resampled to a long tail."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(-1)
+    generator = np.random.RandomState(1)
+    counts = np.array(DIGIT_COUNTS)[generator.permutation(10)]
+    chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for label, count in enumerate(counts):
+        order = generator.permutation(np.flatnonzero(bunch.target == label))
+        chosen["test"] += order[:DIGIT_TEST].tolist()
+        chosen["val"] += order[DIGIT_TEST : DIGIT_TEST + DIGIT_VAL].tolist()
+        chosen["train"] += order[DIGIT_TEST + DIGIT_VAL :][:count].tolist()
+    labels = torch.from_numpy(bunch.target).long()
+    splits = {split: Split(images[rows], labels[rows]) for split, rows in chosen.items()}
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return Dataset("digits", names, splits)
+
+
+def _letters() -> Dataset:
+    """Generated 8 x 8 images of the letters A to Z, shifted, turned and scaled: pre-training for `digits`."""
+    generator = np.random.RandomState(0)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    fonts = {size: ImageFont.load_default(size) for size in range(44, 64)}
+    splits = {}
+    for split, per_class in (("train", 100), ("val", 20)):
+        images = [_draw_letter(letter, fonts, generator) for letter in letters for _ in range(per_class)]
+        labels = torch.arange(len(letters)).repeat_interleave(per_class)
+        splits[split] = Split(torch.from_numpy(np.stack(images)).unsqueeze(-1), labels)
+    return Dataset("letters", tuple(letters), splits)
+
+
+def _draw_letter(letter: str, fonts: dict, generator: np.random.RandomState) -> np.ndarray:
+    """One letter, drawn at 64 px and reduced to 8 x 8 grey levels."""
+    canvas = Image.new("L", (64, 64))
+    font = fonts[generator.randint(min(fonts), max(fonts) + 1)]
+    centre = tuple(32 + generator.randint(-6, 7, size=2))
+    ImageDraw.Draw(canvas).text(centre, letter, fill=255, font=font, anchor="mm", stroke_width=3)
+    canvas = canvas.rotate(generator.uniform(-15, 15), resample=Image.BICUBIC)
+    return np.asarray(canvas.resize((8, 8), Image.BOX))
+
+
+FROM_IMAGES: dict[str, Callable[[Path], Dataset]] = {
+    "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS),
+    "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
+        root, "tiny_imagenet_balanced", ["balanced", "val"]
+    ),
+    "cifar100_lt": _cifar100_lt,
+}
+BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
+
+
+def load_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
+    """The data set of that name; those made of images need a data root (or LT_DATA_ROOT).
+
+    Raises InputError for an unknown name and DataError for missing or unreadable files.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name not in FROM_IMAGES:
+        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES]))
+    return FROM_IMAGES[name](paths.data_root(data_root))

@@ -1,0 +1,202 @@
+"""Feature extraction and the feature cache: everything downstream of training reads only this.
+
+A cache is a folder with `features.safetensors` and `meta.json`. Loading checks hash, version, shapes and
+ranges, and never unpickles; anybody's cache of this format is accepted.
+
+    cache = load_cache("caches/tiny_imagenet_lt/sqrt/seed0")
+    cache.features("test"), cache.labels("test"), cache.weights, cache.scale, cache.prototypes, cache.counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lt_core import paths
+from lt_core.errors import CacheError, InputError, check_counts, check_labels, check_matrix, check_positive
+
+FORMAT_VERSION = 1
+TENSORS, META = "features.safetensors", "meta.json"
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A trained backbone as the transfer step sees it: features, classifier, prototypes, training counts.
+
+    weights [N, F]: rows of classes that were left out of training are NaN (`continual`). bias [N] only for a
+    dot-product classifier. `splits` maps train / val / test (those stored) to (features [M, F], labels [M]).
+    """
+
+    weights: Tensor
+    scale: float
+    counts: Tensor
+    prototypes: Tensor
+    splits: dict[str, tuple[Tensor, Tensor]]
+    meta: dict[str, Any] = field(repr=False)
+    bias: Tensor | None = None
+
+    def features(self, split: str) -> Tensor:
+        """Features [M, F] of `train`, `val` or `test`; raises CacheError when they were not stored."""
+        return self._stored(split)[0]
+
+    def labels(self, split: str) -> Tensor:
+        """Class indices [M]; raises CacheError when the split was not stored."""
+        return self._stored(split)[1]
+
+    def _stored(self, split: str) -> tuple[Tensor, Tensor]:
+        if split not in self.splits:
+            raise CacheError(f"this cache has no {split} features, only {', '.join(self.splits)}")
+        return self.splits[split]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.meta["class_names"]
+
+    @property
+    def trained(self) -> Tensor:
+        """Which classes have a learned classifier row [N] (all but in `continual`)."""
+        return ~self.weights.isnan().any(dim=1)
+
+
+# ---------------------------------------------------------------- compression
+
+
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [M, F] as int8 with one float32 step a row [M] (largest absolute value = 127 steps)."""
+    step = (features.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (features / step[:, None]).round().to(torch.int8), step
+
+
+def dequantise(values: Tensor, step: Tensor) -> Tensor:
+    """The inverse of `quantise`, as float32."""
+    return values.float() * step[:, None]
+
+
+def principal_directions(features: Tensor, dims: int) -> Tensor:
+    """The first `dims` principal directions [F, dims] of features [M, F], not centred, strongest first.
+
+    Cosine similarities are kept as far as the features lie in their span. The sign of each is fixed.
+    """
+    second_moment = features.double().T @ features.double()
+    directions = torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :dims]
+    largest = directions.abs().argmax(dim=0)
+    return (directions * directions[largest, torch.arange(dims)].sign()).float()
+
+
+# ---------------------------------------------------------------- the file format
+
+
+def save_cache(folder: Path, cache: FeatureCache) -> None:
+    """Write a cache; it exists for readers only once complete (meta.json, with the hash, comes last)."""
+    check_cache(cache)
+    tensors = {
+        "weights": cache.weights.float(),
+        "scale": torch.tensor(cache.scale, dtype=torch.float32),
+        "counts": cache.counts.long(),
+        "prototypes": cache.prototypes.float(),
+    }
+    if cache.bias is not None:
+        tensors["bias"] = cache.bias.float()
+    for split, (features, labels) in cache.splits.items():
+        values, step = quantise(features)
+        tensors |= {f"{split}.features": values, f"{split}.step": step, f"{split}.labels": labels.short()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / META).unlink(missing_ok=True)
+    with paths.atomic(folder / TENSORS) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
+    with paths.atomic(folder / META) as temporary:
+        temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A cache's provenance; raises CacheError when it is missing, unreadable or of another version."""
+    path = Path(folder) / META
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["format_version"]
+    except FileNotFoundError:
+        raise CacheError(f"there is no feature cache in {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"{path} is not the description of a feature cache ({error!r}): make it again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has format version {version}, this code reads {FORMAT_VERSION}: make it again"
+        )
+    return meta
+
+
+def load_cache(folder: str | Path) -> FeatureCache:
+    """The cache in `folder`; raises CacheError saying what is wrong with a missing or damaged one."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    path = folder / TENSORS
+    try:
+        if _sha256(path) != meta.get("sha256"):
+            raise CacheError(
+                f"{path} does not have the hash that {META} states: it is damaged, fetch or make it again"
+            )
+        tensors = load_file(path)
+        splits = {
+            split: (
+                dequantise(tensors[f"{split}.features"], tensors[f"{split}.step"]),
+                tensors[f"{split}.labels"].long(),
+            )
+            for split in SPLITS
+            if f"{split}.features" in tensors
+        }
+        cache = FeatureCache(
+            weights=tensors["weights"],
+            scale=tensors["scale"].item(),
+            counts=tensors["counts"],
+            prototypes=tensors["prototypes"],
+            bias=tensors.get("bias"),
+            splits=splits,
+            meta=meta,
+        )
+        check_cache(cache)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{path} cannot be read ({error}): fetch or make it again") from None
+    except (KeyError, InputError, RuntimeError, ValueError) as error:
+        raise CacheError(f"{path} does not hold a whole feature cache ({error})") from None
+    return cache
+
+
+def check_cache(cache: FeatureCache) -> None:
+    """Raises InputError unless all shapes fit, all values are finite and all labels lie within the classes.
+
+    NaN is allowed only in whole rows of `weights`: classes left out of training.
+    """
+    prototypes = check_matrix("prototypes", cache.prototypes)
+    num_classes, num_features = prototypes.shape
+    check_counts("counts", cache.counts, num_classes)
+    check_positive("scale", cache.scale)
+    missing = cache.weights.isnan()
+    if cache.weights.shape != prototypes.shape or not torch.equal(missing.any(1), missing.all(1)):
+        raise InputError("weights must be [N, F] like the prototypes, NaN only in whole rows")
+    check_matrix("weights", cache.weights[~missing.any(1)], columns=num_features)
+    if cache.bias is not None and (cache.bias.shape != (num_classes,) or not cache.bias.isfinite().all()):
+        raise InputError("bias must be [N] and finite")
+    if len(cache.meta.get("class_names", [])) != num_classes:
+        raise InputError(f"meta must name {num_classes} classes")
+    if not cache.splits:
+        raise InputError("there are no features")
+    for split, (features, labels) in cache.splits.items():
+        check_matrix(f"{split} features", features, columns=num_features)
+        check_labels(f"{split} labels", labels, num_classes, length=len(features))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

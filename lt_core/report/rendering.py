@@ -1,0 +1,211 @@
+"""How a table of `build_table` looks: Markdown for files, HTML for notebooks."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lt_core.groups import DESCRIPTIONS, RULES, check_rule
+from lt_core.metrics import COLUMNS as GROUPS
+
+MINUS = "\N{MINUS SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
+SIGNS = {
+    "same": ("✓", "same sign as in print"),
+    "other": ("✗", "opposite sign"),
+    "open": ("○", "interval contains 0"),
+}
+KEY = "; ".join(f"{symbol} {meaning}" for symbol, meaning in SIGNS.values())
+ACCURACY = ("published", "reproduced", "ci_low", "ci_high")
+EFFECT = ("published_effect", "reproduced_effect", "effect_ci_low", "effect_ci_high")
+STYLE = """<style>
+figure.lt-table { margin: 0.5em 0; }
+.lt-table .scroll { overflow-x: auto; max-width: 100%; }
+.lt-table table { border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; margin: 0; }
+.lt-table th, .lt-table td { padding: 0.25em 0.6em; text-align: right; white-space: nowrap; border: 0; }
+.lt-table thead th { border-bottom: 1px solid currentColor; text-align: center; }
+.lt-table th[scope=row] { text-align: left; font-weight: normal; white-space: normal; min-width: 9em; }
+.lt-table td.first { border-left: 1px solid rgba(128, 128, 128, 0.5); }
+.lt-table .same { color: #0072B2; font-weight: bold; }
+.lt-table .other { color: #D55E00; font-weight: bold; }
+.lt-table figcaption { max-width: 60em; font-size: 0.85em; text-align: left; padding-top: 0.5em; }
+</style>"""  # noqa: E501
+
+
+@dataclass(frozen=True, repr=False)
+class TableView:
+    """A table under one grouping rule; shows itself as HTML in a notebook and as Markdown in print()."""
+
+    frame: pd.DataFrame
+    rule: str = "paper"
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule)
+
+    def _repr_html_(self) -> str:
+        return to_html(self.frame, self.rule)
+
+    def __repr__(self) -> str:
+        return to_markdown(self.frame, self.rule)
+
+
+def markdown_document(frame: pd.DataFrame) -> str:
+    """The table under every grouping rule that it has rows for."""
+    rules = [rule for rule in RULES if (frame["rule"] == rule).any()]
+    parts = [f"## Grouping rule `{rule}`\n\n{to_markdown(frame, rule)}\n" for rule in rules]
+    return "\n".join([f"# Table {frame['table'].iloc[0].removeprefix('T')}\n", *parts])
+
+
+def to_markdown(frame: pd.DataFrame, rule: str) -> str:
+    """One line a row; each cell `published → reproduced [interval]` and, below, the effect likewise."""
+    notes = _Footnotes()
+    lines = ["| | " + " | ".join(GROUPS) + " |", "| --- |" + " --- |" * len(GROUPS)]
+    for name, cells in _lines(frame, rule):
+        label = _escaped(name) + notes.marks(cells, "<sup>({})</sup>") + _origin(frame, rule, cells)
+        cell = [_markdown_cell(cells[group]) if group in cells else "" for group in GROUPS]
+        lines.append("| " + " | ".join([label, *cell]) + " |")
+    footnotes = [f"({number}) {note}" for number, note in notes.numbered()]
+    return "\n\n".join(["\n".join(lines), " ".join(_caption(frame, rule)), *footnotes])
+
+
+def to_html(frame: pd.DataFrame, rule: str) -> str:
+    """A table that scrolls sideways in its own box; signs are marked by a symbol and by colour."""
+    notes = _Footnotes()
+    top = "".join(f'<th colspan="2" scope="colgroup">{group}</th>' for group in GROUPS)
+    second = '<th scope="col">accuracy</th><th scope="col">effect</th>' * len(GROUPS)
+    body = []
+    for name, cells in _lines(frame, rule):
+        mark = notes.marks(cells, "<sup>({})</sup>")
+        label = f'<th scope="row">{html.escape(name)}{mark}{_origin(frame, rule, cells)}</th>'
+        body.append(f"<tr>{label}" + "".join(_html_cells(cells.get(group)) for group in GROUPS) + "</tr>")
+    head = f"<thead><tr><th></th>{top}</tr><tr><th></th>{second}</tr></thead>"
+    table = f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
+    lines = [*_caption(frame, rule), *(f"({number}) {note}" for number, note in notes.numbered())]
+    caption = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
+    return f'{STYLE}<figure class="lt-table">{box}<figcaption>{caption}</figcaption></figure>'
+
+
+class _Footnotes:
+    """Numbers the different notes of a table in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, int] = {}
+
+    def marks(self, cells: dict[str, pd.Series], form: str) -> str:
+        numbers = [self.notes.setdefault(note, len(self.notes) + 1) for note in _notes(cells)]
+        return form.format(", ".join(map(str, numbers))) if numbers else ""
+
+    def numbered(self) -> list[tuple[int, str]]:
+        return [(number, note) for note, number in self.notes.items()]
+
+
+def _notes(cells: dict[str, pd.Series]) -> list[str]:
+    """The different notes of a row; those of some printed values only name their groups."""
+    groups: dict[str, list[str]] = {}
+    for group, cell in cells.items():
+        for note in filter(None, cell["note"].split("; ")):
+            groups.setdefault(note, []).append(group)
+    printed = {group for group, cell in cells.items() if not math.isnan(cell["published"])}
+    return [
+        note if printed <= set(having) else f"{', '.join(having)}: {note}" for note, having in groups.items()
+    ]
+
+
+def _lines(frame: pd.DataFrame, rule: str) -> list[tuple[str, dict[str, pd.Series]]]:
+    """(row name, {group: line of the frame}) in the order of the table.
+
+    Rows that exist only under another rule (quoted systems) come with their total, which every rule shares.
+    """
+    lines = []
+    for name in dict.fromkeys(frame["row"]):
+        of_row = frame[frame["row"] == name]
+        here = of_row[of_row["rule"] == rule]
+        shown = here if len(here) else of_row[of_row["group"] == "total"]
+        lines.append((name, {line["group"]: line for _, line in shown.iterrows()}))
+    return lines
+
+
+def _caption(frame: pd.DataFrame, rule: str) -> list[str]:
+    here = frame[(frame["rule"] == rule) & frame["reproduced"].notna()]
+    text = [
+        f"Top-1 accuracy in percent, printed {ARROW} reproduced with its 95 % interval; effect: "
+        "the difference to the reference row (the one of the block without effects) in percentage points.",
+        f"{KEY}.",
+    ]
+    if here.empty:
+        return text
+    sizes = here.drop_duplicates("group").set_index("group")["n"]
+    images = ", ".join(f"{group} {sizes[group]}" for group in GROUPS if group in sizes)
+    return [
+        *text,
+        f"Split {', '.join(dict.fromkeys(here['split']))}, n images: {images}.",
+        f"Grouping rule {rule}: {DESCRIPTIONS[rule]} training images.",
+        *(f"{run}." for run in dict.fromkeys(_run(line) for _, line in here.iterrows())),
+    ]
+
+
+def _run(line: pd.Series) -> str:
+    return f"Backbone {line['backbone']}, checkpoint {line['checkpoint']}, seeds {line['seeds']}"
+
+
+def _origin(frame: pd.DataFrame, rule: str, cells: dict[str, pd.Series]) -> str:
+    """The row's run in small print where the rows of a table come from different runs."""
+    here = frame[(frame["rule"] == rule) & frame["reproduced"].notna()]
+    runs = dict.fromkeys(_run(line) for line in cells.values() if not math.isnan(line["reproduced"]))
+    different = len(here.drop_duplicates(["backbone", "checkpoint", "seeds"])) > 1
+    return f"<br><small>{html.escape('; '.join(runs))}</small>" if different and runs else ""
+
+
+def _markdown_cell(line: pd.Series) -> str:
+    accuracy = _pair(line, ACCURACY, _plain, "{} [{}, {}]")
+    effect = _pair(line, EFFECT, _signed, "{} [{}, {}]")
+    sign = _sign(line)
+    mark = f" {SIGNS[sign][0]}" if sign else ""
+    return accuracy + (f"<br>effect {effect}{mark}" if effect else "")
+
+
+def _html_cells(line: pd.Series | None) -> str:
+    if line is None:
+        return '<td class="first"></td><td></td>'
+    accuracy = _pair(line, ACCURACY, _plain, "<b>{}</b> <small>±{half}</small>")
+    effect = _pair(line, EFFECT, _signed, "<b>{}</b> <small>±{half}</small>")
+    sign = _sign(line)
+    if sign:
+        symbol, meaning = SIGNS[sign]
+        effect += f' <span class="{sign}" title="{meaning}" aria-label="{meaning}">{symbol}</span>'
+    return f'<td class="first">{accuracy}</td><td>{effect}</td>'
+
+
+def _pair(line: pd.Series, columns: tuple[str, ...], number: Callable[[float], str], form: str) -> str:
+    """`printed → reproduced`, the latter in a form of value, low, high and half width; empty without both."""
+    printed, value, low, high = (line[column] for column in columns)
+    here = form.format(number(value), number(low), number(high), half=_plain((high - low) / 2))
+    before, after = (number(printed) or "–"), ("–" if math.isnan(value) else here)
+    return "" if before == after == "–" else f"{before} {ARROW} {after}"
+
+
+def _sign(line: pd.Series) -> str:
+    """same, other or open: the reproduced effect against the printed one; empty without both (or print 0)."""
+    printed, low, high = line["published_effect"], line["effect_ci_low"], line["effect_ci_high"]
+    if printed == 0 or any(math.isnan(value) for value in (printed, low, high)):
+        return ""
+    if low <= 0 <= high:
+        return "open"
+    return "same" if printed * low > 0 else "other"
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1f}".replace("-", MINUS)
+
+
+def _signed(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.1f}".replace("-", MINUS)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|").replace("*", "\\*")

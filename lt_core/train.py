@@ -1,0 +1,269 @@
+"""The one training loop: CPU, one GPU, or many processes under torchrun (paper, App. A).
+
+Everything random is a function of (seed, epoch, step), and the checkpoint holds all the rest, so a run
+that is killed at any moment and started again ends with the same weights as one left alone.
+
+    history = fit(model, data, recipe, "square_root", loss, seed=0, run=folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lt_core import paths
+from lt_core.augmentation import augment, resize, to_pixels
+from lt_core.datasets import Dataset, Split
+from lt_core.errors import CacheError, TrainingError
+from lt_core.models import Model
+from lt_core.profiles import Recipe
+from lt_core.samplers import epoch_batches
+
+SAVE_EVERY = 60  # seconds between checkpoints within an epoch
+Say = Callable[[str], None]
+
+
+# ---------------------------------------------------------------- where it runs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device and precision, chosen once, and this process's place among the others."""
+
+    device: torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    description: str  # what was chosen and why
+    rank: int = 0
+    world_size: int = 1
+
+
+def this_machine() -> Machine:
+    """A GPU with bfloat16 where there is one, else the CPU in float32; joins torchrun's process group."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank = dist.get_rank() if world_size > 1 else 0
+    if not cuda:
+        text = f"CPU, {torch.get_num_threads()} threads, float32 (no GPU found)"
+        return Machine(torch.device("cpu"), contextlib.nullcontext, text, rank, world_size)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+
+    def autocast() -> contextlib.AbstractContextManager:
+        return torch.autocast("cuda", torch.bfloat16)
+
+    return Machine(device, autocast, f"{torch.cuda.get_device_name(device)}, bfloat16", rank, world_size)
+
+
+# ---------------------------------------------------------------- schedule and optimiser
+
+
+def lr_at(step: int, total: int, warmup: int = 0) -> float:
+    """Learning rate at a step as a fraction of its peak: linear warm-up, then half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with the recipe's two learning rates; a frozen backbone gets no gradient."""
+    groups = [{"params": list(model.classifier.parameters()), "peak": recipe.classifier_learning_rate}]
+    model.backbone.requires_grad_(not recipe.frozen)
+    if not recipe.frozen:
+        groups.append({"params": list(model.backbone.parameters()), "peak": recipe.learning_rate})
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.classifier_learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def step_generator(*key: int) -> torch.Generator:
+    """The random choices of one step: an independent stream for each (seed, epoch, step, rank)."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def apply(
+    model: Model, images: Tensor, input_size: int, machine: Machine, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Features [M, F] and logits [M, N] (float32, on the CPU) of images without augmentation."""
+    model.eval()
+    features, logits = [], []
+    for chunk in images.split(batch):
+        with machine.autocast():
+            outputs = model(resize(to_pixels(chunk.to(machine.device)), input_size))
+        features.append(outputs[0].float().cpu())
+        logits.append(outputs[1].float().cpu())
+    return torch.cat(features), torch.cat(logits)
+
+
+def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> float:
+    """Top-1 accuracy of the classifier in percent."""
+    _, logits = apply(model, split.images, input_size, machine)
+    return 100 * (logits.argmax(1) == split.labels).double().mean().item()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    with paths.atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint (tensors and plain values only; nothing is unpickled). Raises CacheError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CacheError(
+            f"the checkpoint {path} cannot be read ({reason}): delete it to start again"
+        ) from None
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def fit(
+    model: Model,
+    data: Dataset,
+    recipe: Recipe,
+    sampler: str,
+    loss: nn.Module,
+    seed: int,
+    run: Path,
+    machine: Machine | None = None,
+    say: Say = print,
+) -> list[dict[str, float]]:
+    """Train `model` in place; returns the history, one entry an epoch (loss, accuracies in percent).
+
+    Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
+    Raises TrainingError when the loss is not finite.
+    """
+    machine = machine or this_machine()
+    chief = machine.rank == 0
+    train, val = data.splits["train"], data.splits["val"]
+    images, labels = train.images.to(machine.device), train.labels.to(machine.device)
+    model.to(machine.device, memory_format=torch.channels_last)
+    loss.to(machine.device)
+    optimiser = build_optimiser(model, recipe)
+    network = model
+    if machine.world_size > 1:
+        network = nn.parallel.DistributedDataParallel(model)
+
+    state: dict[str, Any] = {
+        "seed": seed,
+        "epoch": 0,
+        "step": 0,
+        "loss": 0.0,
+        "right": 0,
+        "seconds": 0.0,
+        "history": [],
+    }
+    last = run / "last.pt"
+    if last.exists():
+        state |= load_checkpoint(last)
+        model.load_state_dict(state.pop("model"))
+        optimiser.load_state_dict(state.pop("optimiser"))
+        say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")
+
+    def save() -> None:
+        if chief:
+            state["seconds"] += time.monotonic() - started
+            save_checkpoint(last, state | {"model": model.state_dict(), "optimiser": optimiser.state_dict()})
+
+    started = time.monotonic()
+    steps = len(train) // recipe.batch_size
+    total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
+    while state["epoch"] < recipe.epochs:
+        epoch = state["epoch"]
+        batches = epoch_batches(
+            sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
+        )
+        running_loss = torch.tensor(state["loss"], device=machine.device, dtype=torch.float64)
+        right = torch.tensor(state["right"], device=machine.device)
+        model.train()
+        if recipe.frozen:
+            model.backbone.eval()
+        for step in range(state["step"], steps):
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
+            generator = step_generator(seed, epoch, step, machine.rank)
+            indices = batches[step]
+            pixels = resize(augment(images, indices, recipe.augmentation, generator), recipe.input_size)
+            target = labels[indices]
+            with machine.autocast():
+                _, logits = network(pixels)
+            value = loss(logits.float(), target)
+            value.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            running_loss += value.detach()
+            right += (logits.detach().argmax(1) == target).sum()
+
+            if time.monotonic() - started > SAVE_EVERY:
+                state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}
+                save()
+                started = time.monotonic()
+
+        entry = {
+            "epoch": epoch + 1,
+            "loss": running_loss.item() / steps,
+            "train_accuracy": 100 * right.item() / (batches.numel()),
+            "val_accuracy": accuracy(model, val, recipe.input_size, machine),
+        }
+        if not math.isfinite(entry["loss"]):
+            raise TrainingError(f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate")
+        best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
+        if chief and entry["val_accuracy"] > best:
+            save_checkpoint(run / "best.pt", {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()})
+        state["history"] = [*state["history"], entry]
+        state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "right": 0}
+        save()
+        if chief:
+            _log(run, state["history"])
+            passed = state["seconds"]
+            left = passed / (epoch + 1) * (recipe.epochs - epoch - 1)
+            say(
+                f"epoch {epoch + 1}/{recipe.epochs}  loss {entry['loss']:.3f}  "
+                f"train {entry['train_accuracy']:.1f} %  val {entry['val_accuracy']:.1f} %  "
+                f"{(epoch + 1) * steps * recipe.batch_size / passed:.0f} images/s  {left:.0f} s left"
+            )
+        started = time.monotonic()
+    if machine.world_size > 1:
+        dist.barrier()
+    return state["history"]
+
+
+def _log(run: Path, history: list[dict[str, float]]) -> None:
+    """The history as one JSON line an epoch, and its newest entry for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with paths.atomic(run / "history.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+    with SummaryWriter(run / "tensorboard") as writer:
+        for name, value in history[-1].items():
+            writer.add_scalar(name, value, history[-1]["epoch"])

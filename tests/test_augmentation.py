@@ -1,0 +1,103 @@
+"""Batch augmentation against the same thing done image by image."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from lt_core.augmentation import augment, colour_jitter, crop_and_flip, random_resized_crop, resize, to_pixels
+from lt_core.profiles import Augmentation
+
+IMAGES = torch.randint(0, 256, (10, 16, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_crops_are_windows_of_the_reflect_padded_images():
+    indices = torch.tensor([3, 3, 7, 0])
+    crops = crop_and_flip(IMAGES, indices, 4, True, generator())
+    padded = pad(IMAGES.permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="reflect").byte().permute(0, 2, 3, 1)
+    for index, crop in zip(indices, crops, strict=True):
+        windows = [padded[index, y : y + 16, x : x + 12] for y in range(9) for x in range(9)]
+        assert any(torch.equal(crop, window) or torch.equal(crop, window.flip(1)) for window in windows)
+
+
+def test_about_half_of_the_crops_are_mirrored():
+    indices = torch.zeros(400, dtype=torch.long)
+    crops = crop_and_flip(IMAGES, indices, 0, True, generator())
+    mirrored = sum(torch.equal(crop, IMAGES[0].flip(1)) for crop in crops)
+    assert 160 < mirrored < 240
+    assert sum(torch.equal(crop, IMAGES[0]) for crop in crops) == 400 - mirrored
+
+
+def test_no_augmentation_gives_the_images_themselves():
+    pixels = augment(IMAGES, torch.tensor([1, 2]), Augmentation(), generator())
+    assert torch.equal(pixels, IMAGES[1:3].permute(0, 3, 1, 2).float())
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(crop_padding=3, flip=True),
+        Augmentation(random_resized_crop=0.3, flip=True),
+        Augmentation(crop_padding=2, colour_jitter=0.4),
+    ],
+)
+def test_augmentation_is_a_function_of_the_generator(how):
+    indices = torch.arange(10)
+    one = augment(IMAGES, indices, how, generator(5))
+    assert one.shape == (10, 3, 16, 12) and one.min() >= 0 and one.max() <= 255
+    assert torch.equal(one, augment(IMAGES, indices, how, generator(5)))
+    assert not torch.equal(one, augment(IMAGES, indices, how, generator(6)))
+
+
+def test_full_size_crop_is_the_identity():
+    pixels = to_pixels(IMAGES)
+    cropped = random_resized_crop(pixels, smallest=0.999999, flip=False, generator=generator())
+    # area about 1, but the aspect varies: squares stay within the frame, so compare mean brightness only
+    assert cropped.mean().item() == pytest.approx(pixels.mean().item(), rel=0.02)
+
+
+def test_smaller_crops_show_less_of_a_gradient():
+    ramp = torch.arange(64, dtype=torch.float32).view(1, 1, 1, 64).expand(200, 3, 64, 64).contiguous()
+    cropped = random_resized_crop(ramp, smallest=0.25, flip=False, generator=generator())
+    extent = cropped.amax((1, 2, 3)) - cropped.amin((1, 2, 3))
+    assert extent.min() < 36 and extent.max() > 56
+
+
+def test_colour_jitter_keeps_grey_grey_and_stays_in_range():
+    grey = torch.full((50, 3, 4, 4), 100.0)
+    jittered = colour_jitter(grey, 0.4, generator())
+    assert torch.allclose(jittered[:, 0], jittered[:, 1]) and torch.allclose(jittered[:, 1], jittered[:, 2])
+    means = jittered.mean((1, 2, 3))
+    assert means.min() >= 59.9 and means.max() <= 140.1 and means.std() > 10
+
+
+def test_resize_and_pass_through():
+    pixels = to_pixels(IMAGES[:, :12])
+    assert resize(pixels, 24).shape == (10, 3, 24, 24)
+    assert resize(pixels, 0) is pixels
+    features = torch.rand(4, 8)
+    assert resize(to_pixels(features), 24) is features
+    assert resize(pixels, 24).min() >= 0 and resize(pixels, 24).max() <= 255
+
+
+def test_reflection_matches_numpy():
+    for padding in (1, 5):
+        image = np.arange(8)[None, None, :, None].repeat(3, axis=3).astype(np.uint8)
+        expected = np.pad(np.arange(8), padding, mode="reflect")
+        seen = set()
+        for seed in range(40):
+            row = crop_and_flip(
+                torch.from_numpy(image).expand(1, 8, 8, 3).contiguous(),
+                torch.tensor([0]),
+                padding,
+                False,
+                generator(seed),
+            )
+            seen.add(tuple(row[0, 0, :, 0].tolist()))
+        assert seen <= {tuple(expected[s : s + 8].tolist()) for s in range(2 * padding + 1)}
+        assert len(seen) > padding

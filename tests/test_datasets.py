@@ -1,0 +1,269 @@
+"""Data sets: the long-tail rule, lists, sources, decoding, built-in ones; real images where there are some."""
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lt_core import paths
+from lt_core.datasets import (
+    ImageSource,
+    cifar100_lists,
+    decode,
+    exponential_counts,
+    image_lists,
+    load_dataset,
+    long_tail_lists,
+    pareto_counts,
+    read_list,
+    tiny_imagenet_lists,
+)
+from lt_core.errors import DataError, InputError
+from lt_core.groups import group_of
+
+needs_images = pytest.mark.skipif(
+    not os.environ.get("LT_DATA_ROOT"), reason="LT_DATA_ROOT names no folder with the image data sets"
+)
+
+
+def groups(counts) -> list[int]:
+    return [int(mask.sum()) for mask in group_of(counts).values()]
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "outputs"))
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def test_tiny_imagenet_lt_counts():
+    counts = pareto_counts()
+    assert counts.sum() == 11_198 and counts.max() == 480 and counts.min() == 5
+    assert groups(counts) == [32, 99, 69]
+
+
+def test_cifar100_lt_counts():
+    counts = exponential_counts()
+    assert counts.sum() == 10_547 and counts.max() == 480 and counts.min() == 5
+    assert groups(counts) == [35, 34, 31]
+
+
+def test_lists_are_disjoint_and_as_long_as_the_rule_says():
+    files = [[f"{c}/{i}.png" for i in range(500)] for c in range(4)]
+    lists = long_tail_lists(files, np.array([480, 100, 20, 5]))
+    train, val = {n for n, _ in lists["train"]}, {n for n, _ in lists["val"]}
+    assert not train & val and len(train) == 605 and len(val) == 80 and len(lists["balanced"]) == 400
+    assert not {n for n, _ in lists["balanced"]} & val
+    shuffled = long_tail_lists([names[::-1] for names in files], np.array([480, 100, 20, 5]))
+    assert shuffled == lists  # the order of the file listing does not matter
+
+
+def test_a_part_of_the_images_makes_no_lists():
+    with pytest.raises(DataError, match="class 0 has 3 of 500 images"):
+        long_tail_lists([["a", "b", "c"]], np.array([5]))
+
+
+# ---------------------------------------------------------------- lists and sources
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.png", "line 1: expected `path label`"),
+        ("a.png -1", "expected `path label`"),
+        ("a.png one", "expected `path label`"),
+        ("../a.png 0", "points out of the data set"),
+        ("/etc/passwd 0", "points out of the data set"),
+        ("", "expected `path label`"),
+    ],
+)
+def test_bad_list_lines_are_refused(tmp_path, line, message):
+    path = tmp_path / "list.txt"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_list(path)
+
+
+def test_empty_and_missing_lists_are_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("")
+    with pytest.raises(DataError, match="is empty"):
+        read_list(tmp_path / "list.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_list(tmp_path / "none.txt")
+
+
+def make_tree(root: Path, per_class: int = 3) -> dict:
+    """Three classes of coloured 10 x 8 PNG files and a list for each split."""
+    records = []
+    for label, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        for number in range(per_class):
+            path = root / "pets" / f"class {label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (10, 8), colour).save(path)
+            records.append((path.relative_to(root / "pets").as_posix(), label))
+    return {"train": records, "val": records[::3], "test": records[::2]}
+
+
+def pack(root: Path, kind: str) -> None:
+    """Replace the folder `pets` by an archive of it."""
+    files = sorted(p for p in (root / "pets").rglob("*") if p.is_file())
+    if kind == "zip":
+        with zipfile.ZipFile(root / "pets.zip", "w") as archive:
+            for file in files:
+                archive.write(file, file.relative_to(root))
+    else:
+        with tarfile.open(root / f"pets.{kind}", "w:gz" if kind == "tar.gz" else "w") as archive:
+            for file in files:
+                archive.add(file, file.relative_to(root).as_posix())
+    (root / "pets").rename(root / "unpacked")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
+def test_any_image_tree_becomes_a_data_set(tmp_path, kind):
+    lists = make_tree(tmp_path)
+    if kind != "folder":
+        pack(tmp_path, kind)
+    data = image_lists("pets", ImageSource(tmp_path, "pets"), lists, ["cat", "dog", "bird"], size=6)
+    train = data.splits["train"]
+    assert train.images.shape == (9, 6, 6, 3) and train.images.dtype == torch.uint8
+    assert data.counts.tolist() == [3, 3, 3] and data.class_names == ("cat", "dog", "bird")
+    for image, label in zip(train.images, train.labels, strict=True):
+        assert image[..., int(label)].min() > 250 and image.float().sum(-1).max() <= 260
+
+
+def test_decoded_arrays_are_cached_and_damage_is_repaired(tmp_path):
+    lists = make_tree(tmp_path)
+    first = image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    files = sorted((paths.decoded() / "decoded").glob("*.npy"))
+    assert len(files) == 3
+    stamps = [f.stat().st_mtime_ns for f in files]
+    image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    assert [f.stat().st_mtime_ns for f in files] == stamps
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    again = image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    for split in first.splits:
+        assert torch.equal(first.splits[split].images, again.splits[split].images)
+
+
+def test_wrong_trees_are_refused_with_the_name_of_the_file(tmp_path):
+    lists = make_tree(tmp_path)
+    source = ImageSource(tmp_path, "pets")
+    with pytest.raises(
+        DataError, match=r"1 of 10 images that the pets-train list names are missing.*first no.png"
+    ):
+        image_lists("pets", source, lists | {"train": [*lists["train"], ("no.png", 0)]}, "abc", size=6)
+    with pytest.raises(DataError, match="class 3 .* has no training images"):
+        image_lists("pets", source, lists, "abcd", size=6)
+    with pytest.raises(DataError, match="train list has label 2, but there are 2 classes"):
+        image_lists("pets", source, lists, "ab", size=6)
+    (tmp_path / "pets" / "class 1" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="class 1/0.png in .* is not a readable image"):
+        image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    assert not list((paths.decoded() / "decoded").glob("pets-train*"))  # nothing half-decoded stays
+    with pytest.raises(DataError, match="has neither the folder birds nor an archive"):
+        ImageSource(tmp_path, "birds")
+
+
+def test_truncated_archive_is_refused(tmp_path):
+    make_tree(tmp_path)
+    pack(tmp_path, "tar")
+    whole = (tmp_path / "pets.tar").read_bytes()
+    (tmp_path / "pets.tar").write_bytes(whole[:700])
+    with pytest.raises(DataError, match="cannot be read|missing"):
+        source = ImageSource(tmp_path, "pets")
+        image_lists("pets", source, {"train": [("class 0/0.png", 0)]}, "a", size=6)
+
+
+def test_decode_cuts_the_centre_out():
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (10, 0, 30, 20))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    pixels = decode(buffer.getvalue(), 20)
+    assert pixels.shape == (20, 20, 3) and (pixels[..., 2] == 255).all() and (pixels[..., 0] == 0).all()
+
+
+def test_data_root_must_be_named_and_exist(tmp_path, monkeypatch):
+    monkeypatch.delenv("LT_DATA_ROOT", raising=False)
+    with pytest.raises(DataError, match="--data-root DIR or the variable LT_DATA_ROOT"):
+        load_dataset("cifar100_lt")
+    with pytest.raises(DataError, match="is not a folder"):
+        load_dataset("cifar100_lt", tmp_path / "none")
+    with pytest.raises(InputError, match="unknown data set 'mnist': choose one of cifar100_lt, digits"):
+        load_dataset("mnist")
+
+
+# ---------------------------------------------------------------- built-in
+
+
+def test_digits():
+    data = load_dataset("digits")
+    assert sorted(data.counts.tolist(), reverse=True) == [120, 104, 75, 54, 39, 28, 20, 14, 9, 5]
+    assert groups(data.counts) == [2, 4, 4]
+    assert torch.bincount(data.splits["val"].labels).tolist() == [15] * 10
+    assert torch.bincount(data.splits["test"].labels).tolist() == [40] * 10
+    rows = [{row.numpy().tobytes() for row in split.images} for split in data.splits.values()]
+    assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows))  # no image in two splits
+
+
+def test_letters_are_made_the_same_every_time():
+    one, two = load_dataset("letters"), load_dataset("letters")
+    assert one.num_classes == 26 and torch.equal(one.splits["train"].images, two.splits["train"].images)
+    means = one.splits["train"].images.float().mean((1, 2, 3))
+    assert means.min() > 20  # a letter is on every image
+
+
+# ---------------------------------------------------------------- real images
+
+
+@needs_images
+def test_tiny_imagenet_rule_reproduces_the_lists_line_for_line():
+    root = paths.data_root()
+    wnids = ImageSource(root, "tiny-imagenet-200").read("wnids.txt").decode().split()
+
+    class Full:
+        """The names of the full data set; its other files come from the part at hand."""
+
+        names = frozenset(f"train/{w}/images/{w}_{i}.JPEG" for w in wnids for i in range(500))
+        read = ImageSource(root, "tiny-imagenet-200").read
+
+    made = tiny_imagenet_lists(Full(), wnids)
+    for split in ("train", "val", "test", "balanced"):
+        assert made[split] == read_list(root / f"TinyImageNet_LT_{split}.txt"), split
+
+
+@needs_images
+def test_real_data_sets_load():
+    tiny = load_dataset("tiny_imagenet_lt")
+    assert {n: len(s) for n, s in tiny.splits.items()} == {"train": 11_198, "val": 4_000, "test": 10_000}
+    assert groups(tiny.counts) == [32, 99, 69] and tiny.wnids[0] == "n02124075"
+    assert tiny.class_names[0] == "Egyptian cat"
+    cifar = load_dataset("cifar100_lt")
+    assert {n: len(s) for n, s in cifar.splits.items()} == {"train": 10_547, "val": 2_000, "test": 10_000}
+    assert groups(cifar.counts) == [35, 34, 31] and cifar.splits["train"].images.shape[1:] == (32, 32, 3)
+    assert cifar.class_names[:2] == ("apple", "aquarium fish")
+
+
+@needs_images
+def test_cifar_counts_are_laid_on_classes_as_in_the_lists():
+    root = paths.data_root()
+    source = ImageSource(root, "cifar-100-images")
+    classes = sorted({name.split("/")[1] for name in source.names})
+
+    class Full:
+        names = frozenset(
+            f"{s}/{c}/{c}_{i:06}.png" for s in ("train", "test") for c in classes for i in range(500)
+        )
+
+    made = cifar100_lists(Full(), classes)
+    counts = np.bincount([label for _, label in made["train"]])
+    listed = np.bincount([label for _, label in read_list(root / "CIFAR100_LT_train.txt")])
+    assert counts.tolist() == listed.tolist()

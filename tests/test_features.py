@@ -1,0 +1,183 @@
+"""The feature cache: round trip, what it refuses, compression."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lt_core.errors import CacheError, InputError
+from lt_core.features import (
+    META,
+    TENSORS,
+    FeatureCache,
+    dequantise,
+    load_cache,
+    principal_directions,
+    quantise,
+    save_cache,
+)
+
+
+def make_cache(**changes) -> FeatureCache:
+    torch.manual_seed(0)
+    splits = {
+        name: (torch.randn(m, 8), torch.arange(m) % 4)
+        for name, m in (("train", 20), ("val", 8), ("test", 12))
+    }
+    values = {
+        "weights": torch.randn(4, 8),
+        "scale": 17.5,
+        "counts": torch.tensor([8, 6, 4, 2]),
+        "prototypes": torch.randn(4, 8),
+        "splits": splits,
+        "meta": {"class_names": ["a", "b", "c", "ü"], "backbone": "sqrt"},
+    }
+    return FeatureCache(**(values | changes))
+
+
+def test_round_trip(tmp_path):
+    cache = make_cache(bias=torch.randn(4))
+    save_cache(tmp_path / "cache", cache)
+    loaded = load_cache(tmp_path / "cache")
+    for name in ("weights", "counts", "prototypes", "bias"):
+        assert torch.equal(getattr(loaded, name), getattr(cache, name)), name
+    assert loaded.scale == 17.5 and loaded.class_names == ["a", "b", "c", "ü"]
+    for split in ("train", "val", "test"):
+        assert torch.equal(loaded.labels(split), cache.labels(split))
+        error = (loaded.features(split) - cache.features(split)).abs().amax(1)
+        assert (error <= cache.features(split).abs().amax(1) / 127 * 0.501).all()
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [TENSORS, META]
+
+
+def test_classes_left_out_have_nan_rows(tmp_path):
+    weights = torch.randn(4, 8)
+    weights[2] = torch.nan
+    save_cache(tmp_path, make_cache(weights=weights))
+    assert load_cache(tmp_path).trained.tolist() == [True, True, False, True]
+    weights[1, 3] = torch.nan
+    with pytest.raises(InputError, match="NaN only in whole rows"):
+        save_cache(tmp_path, make_cache(weights=weights))
+
+
+def test_a_cache_may_leave_splits_out(tmp_path):
+    cache = make_cache()
+    save_cache(tmp_path, make_cache(splits={"test": cache.splits["test"]}))
+    loaded = load_cache(tmp_path)
+    assert loaded.features("test").shape == (12, 8)
+    with pytest.raises(CacheError, match="no train features, only test"):
+        loaded.features("train")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": torch.randn(3, 8)},
+        {"prototypes": torch.full((4, 8), float("nan"))},
+        {"scale": 0.0},
+        {"counts": torch.tensor([8, 6, 4, 0])},
+        {"bias": torch.randn(3)},
+        {"meta": {"class_names": ["a"]}},
+        {"splits": {}},
+        {"splits": {"test": (torch.randn(3, 8), torch.tensor([0, 1, 4]))}},
+        {"splits": {"test": (torch.randn(3, 7), torch.tensor([0, 1, 2]))}},
+        {"splits": {"test": (torch.full((3, 8), float("inf")), torch.tensor([0, 1, 2]))}},
+    ],
+)
+def test_wrong_content_is_never_written(tmp_path, changes):
+    with pytest.raises(InputError):
+        save_cache(tmp_path / "cache", make_cache(**changes))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_damage_is_noticed(tmp_path):
+    save_cache(tmp_path, make_cache())
+    content = (tmp_path / TENSORS).read_bytes()
+    flipped = bytearray(content)
+    flipped[-5] ^= 1
+    for damaged in (content[:-10], bytes(flipped), b""):
+        (tmp_path / TENSORS).write_bytes(damaged)
+        with pytest.raises(CacheError, match="does not have the hash"):
+            load_cache(tmp_path)
+    (tmp_path / TENSORS).unlink()
+    with pytest.raises(CacheError, match="cannot be read"):
+        load_cache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"sha256": "0"}', "\udc00".encode("utf-8", "surrogatepass").hex()]
+)
+def test_unreadable_descriptions_are_refused(tmp_path, text):
+    save_cache(tmp_path, make_cache())
+    (tmp_path / META).write_text(text)
+    with pytest.raises(CacheError, match="not the description"):
+        load_cache(tmp_path)
+
+
+def test_other_versions_and_missing_caches_are_refused(tmp_path):
+    with pytest.raises(CacheError, match="there is no feature cache in"):
+        load_cache(tmp_path / "none")
+    save_cache(tmp_path, make_cache())
+    meta = json.loads((tmp_path / META).read_text())
+    (tmp_path / META).write_text(json.dumps(meta | {"format_version": 99}))
+    with pytest.raises(CacheError, match="format version 99, this code reads 1"):
+        load_cache(tmp_path)
+
+
+def test_a_cache_without_prototypes_is_refused_even_with_the_right_hash(tmp_path):
+    import hashlib
+
+    save_cache(tmp_path, make_cache())
+    tensors = load_file(tmp_path / TENSORS)
+    del tensors["prototypes"]
+    save_file(tensors, tmp_path / TENSORS)
+    meta = json.loads((tmp_path / META).read_text())
+    meta["sha256"] = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
+    (tmp_path / META).write_text(json.dumps(meta))
+    with pytest.raises(CacheError, match="does not hold a whole feature cache .*prototypes"):
+        load_cache(tmp_path)
+
+
+def test_an_interrupted_write_leaves_no_cache(tmp_path, monkeypatch):
+    save_cache(tmp_path, make_cache())
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lt_core.features.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_cache(tmp_path, make_cache(scale=3.0))
+    with pytest.raises(CacheError, match="there is no feature cache"):
+        load_cache(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.floats(1e-6, 1e6), st.integers(0, 99))
+def test_quantisation_keeps_directions(rows, columns, size, seed):
+    features = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
+    values, step = quantise(features)
+    assert values.dtype == torch.int8
+    restored = dequantise(values, step)
+    assert ((restored - features).abs() <= features.abs().amax(1, keepdim=True) / 253).all()
+
+
+def test_zero_features_stay_zero():
+    assert torch.equal(dequantise(*quantise(torch.zeros(2, 3))), torch.zeros(2, 3))
+
+
+def test_principal_directions_are_orthonormal_and_keep_cosines():
+    torch.manual_seed(0)
+    features = torch.randn(200, 5) @ torch.randn(5, 30) + 0.01 * torch.randn(200, 30)
+    directions = principal_directions(features, 5)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(5), atol=1e-5, rtol=0)
+    projected = features @ directions
+    cosine = torch.nn.functional.cosine_similarity
+    torch.testing.assert_close(
+        cosine(projected[:50], projected[50:100]), cosine(features[:50], features[50:100]), atol=1e-3, rtol=0
+    )
+    strength = (projected**2).sum(0)
+    assert (strength[:-1] >= strength[1:]).all()
+    assert torch.equal(directions, principal_directions(features, 5))

