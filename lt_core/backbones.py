@@ -86,6 +86,7 @@ class Job:
     kept: Tensor  # classes that the classifier learns [K]
     model: Model
     machine: Machine
+    code: str  # version when the run began
 
     @property
     def backbone(self) -> Backbone:
@@ -112,7 +113,7 @@ def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None
         num_features, network = data.splits["train"].images.shape[1], nn.Identity()
     kept = _trained_classes(backbone, data)
     model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)))
-    return Job(profile, name, seed, data, kept, model, machine)
+    return Job(profile, name, seed, data, kept, model, machine, code_version())
 
 
 def train_backbone(
@@ -294,7 +295,7 @@ def _accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float | No
 
 
 def _refuse_chance(accuracies: dict, num_classes: int) -> None:
-    """Raises TrainingError for a classifier that learned nothing (many-shot validation within twice chance)."""
+    """Raises TrainingError when nothing was learned (many-shot validation accuracy within twice chance)."""
     many = accuracies["val"]["classifier"]["many"]
     if many <= 200 / num_classes:
         raise TrainingError(
@@ -322,7 +323,7 @@ def _provenance(job: Job) -> dict[str, object]:
         "seed": job.seed,
         "class_names": list(job.data.class_names),
         "wnids": list(job.data.wnids) if job.data.wnids else None,
-        "code_version": code_version(),
+        "code_version": job.code,
         "torch": torch.__version__,
         "hardware": job.machine.description,
         "date": datetime.now(UTC).date().isoformat(),

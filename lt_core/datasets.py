@@ -212,8 +212,8 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
     missing = [name for name, _ in records if name not in source.names]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(records)} images that the {label} list names are missing in {source.path}"
-            f", first {missing[0]}"
+            f"{len(missing)} of {len(records)} images that the {label} list names are missing in "
+            f"{source.path}, first {missing[0]}"
         )
     names = [name for name, _ in records]
     key = hashlib.sha256(json.dumps([names, size, source.stamp()]).encode()).hexdigest()[:16]

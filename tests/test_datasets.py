@@ -1,4 +1,4 @@
-"""Data sets: the long-tail rule, lists, sources, decoding, built-in ones; real images where there are some."""
+"""Data sets: the long-tail rule, lists, sources, decoding, the built-in ones, and real images."""
 
 import io
 import os
