@@ -72,6 +72,14 @@ def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = Non
     return load_cache(ensure(profile, backbone, seed, data_root))
 
 
+def load_seeds(
+    profile: str, backbone: str, seed: int = 0, data_root: str | None = None
+) -> list[FeatureCache]:
+    """The caches of all the profile's seeds of a backbone if `seed` is one of them, else of `seed` alone."""
+    seeds = load_profile(profile).backbone(backbone).seeds
+    return [load(profile, backbone, s, data_root) for s in (seeds if seed in seeds else [seed])]
+
+
 # ---------------------------------------------------------------- training one
 
 

@@ -16,7 +16,7 @@ import json
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lt_core import paths
 from lt_core.errors import DataError, InputError, unknown
+from lt_core.profiles import load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
@@ -209,12 +210,6 @@ def decode(content: bytes, size: int, name: str = "image") -> np.ndarray:
 
 def decode_split(source: ImageSource, records: list[Record], size: int, label: str) -> Split:
     """All images of a list, decoded in parallel on first use and read from the disk cache afterwards."""
-    missing = [name for name, _ in records if name not in source.names]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(records)} images that the {label} list names are missing in "
-            f"{source.path}, first {missing[0]}"
-        )
     names = [name for name, _ in records]
     key = hashlib.sha256(json.dumps([names, size, source.stamp()]).encode()).hexdigest()[:16]
     path = paths.decoded() / "decoded" / f"{label}-{size}px-{key}.npy"
@@ -246,33 +241,44 @@ def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 # ---------------------------------------------------------------- the data sets
 
 
-def image_lists(
-    name: str,
-    source: ImageSource,
-    lists: dict[str, list[Record]],
-    class_names: Iterable[str],
-    size: int,
-    wnids: tuple[str, ...] | None = None,
-) -> Dataset:
-    """A data set from any tree of images and (path, label) lists for `train`, `val` and `test`.
+@dataclass(frozen=True)
+class Listing:
+    """A data set before its images are decoded: where they are and which image is in which split."""
 
-    Raises DataError for labels outside the classes, classes without training images and missing files.
-    """
-    class_names = tuple(class_names)
-    for split, records in lists.items():
+    name: str
+    source: ImageSource
+    lists: dict[str, list[Record]]  # train, val, test
+    class_names: tuple[str, ...]
+    size: int  # pixels, of the decoded images
+    wnids: tuple[str, ...] | None = None
+
+
+def check_listing(listing: Listing) -> None:
+    """Raises DataError for labels outside the classes, classes without training images, missing files."""
+    classes = listing.class_names
+    for split, records in listing.lists.items():
         labels = {label for _, label in records}
-        if max(labels) >= len(class_names):
+        where = f"{listing.name}: the {split} list"
+        if max(labels) >= len(classes):
+            raise DataError(f"{where} has label {max(labels)}, but there are {len(classes)} classes")
+        if split == "train" and (absent := set(range(len(classes))) - labels):
+            raise DataError(f"{where} has no image of class {min(absent)} ({classes[min(absent)]})")
+        missing = [name for name, _ in records if name not in listing.source.names]
+        if missing:
             raise DataError(
-                f"{name}: the {split} list has label {max(labels)}, but there are {len(class_names)} classes"
+                f"{where} names {len(records)} images, of which {len(missing)} are missing in "
+                f"{listing.source.path}, first {missing[0]}"
             )
-        if split == "train" and (absent := set(range(len(class_names))) - labels):
-            raise DataError(
-                f"{name}: class {min(absent)} ({class_names[min(absent)]}) has no training images"
-            )
+
+
+def decode_listing(listing: Listing) -> Dataset:
+    """The data set with its images as arrays; raises DataError for what `check_listing` finds or decoding."""
+    check_listing(listing)
     splits = {
-        split: decode_split(source, records, size, f"{name}-{split}") for split, records in lists.items()
+        split: decode_split(listing.source, records, listing.size, f"{listing.name}-{split}")
+        for split, records in listing.lists.items()
     }
-    return Dataset(name, class_names, splits, wnids)
+    return Dataset(listing.name, listing.class_names, splits, listing.wnids)
 
 
 def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[str, list[Record]]]) -> dict:
@@ -306,13 +312,13 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
     return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
 
 
-def _tiny_imagenet(root: Path, name: str, names: list[str]) -> Dataset:
+def _tiny_imagenet(root: Path, name: str, names: list[str]) -> Listing:
     source = ImageSource(root, "tiny-imagenet-200")
     wnids, words = tiny_imagenet_classes(source)
     lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
     if "balanced" in lists:
         lists["train"] = lists.pop("balanced")
-    return image_lists(name, source, lists, words, 64, tuple(wnids))
+    return Listing(name, source, lists, tuple(words), 64, tuple(wnids))
 
 
 def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
@@ -326,11 +332,11 @@ def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Re
     return made | {"test": test}
 
 
-def _cifar100_lt(root: Path) -> Dataset:
+def _cifar100_lt(root: Path) -> Listing:
     source = ImageSource(root, "cifar-100-images")
     classes = sorted({name.split("/")[1] for name in source.names if name.startswith("train/")})
     lists = _listed(root, "CIFAR100_LT", SPLITS, lambda: cifar100_lists(source, classes))
-    return image_lists("cifar100_lt", source, lists, [name.replace("_", " ") for name in classes], 32)
+    return Listing("cifar100_lt", source, lists, tuple(name.replace("_", " ") for name in classes), 32)
 
 
 DIGIT_COUNTS = (120, 104, 75, 54, 39, 28, 20, 14, 9, 5)  # largest first
@@ -380,7 +386,7 @@ def _draw_letter(letter: str, fonts: dict, generator: np.random.RandomState) -> 
     return np.asarray(canvas.resize((8, 8), Image.BOX))
 
 
-FROM_IMAGES: dict[str, Callable[[Path], Dataset]] = {
+FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS),
     "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
         root, "tiny_imagenet_balanced", ["balanced", "val"]
@@ -399,4 +405,25 @@ def load_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
         return BUILT_IN[name]()
     if name not in FROM_IMAGES:
         raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES]))
-    return FROM_IMAGES[name](paths.data_root(data_root))
+    return decode_listing(FROM_IMAGES[name](paths.data_root(data_root)))
+
+
+def check_data(profile: str, data_root: str | Path | None = None, deep: bool = False) -> Iterator[str]:
+    """Lines about each data set that a profile trains on; with `deep`, every image is decoded too.
+
+    Raises DataError for the first thing that is missing or wrong.
+    """
+    chosen = load_profile(profile)
+    used = {*chosen.datasets.values(), *(one.dataset for one in chosen.pretraining.values())}
+    for name in sorted(used):
+        if name in BUILT_IN:
+            yield f"{name}: built in, nothing to check"
+            continue
+        listing = FROM_IMAGES[name](paths.data_root(data_root))
+        check_listing(listing)
+        sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
+        classes = len(listing.class_names)
+        yield f"{name}: {sizes} images of {classes} classes are there, in {listing.source.path}"
+        if deep:
+            decode_listing(listing)
+            yield f"{name}: all of them can be decoded"

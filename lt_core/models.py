@@ -103,7 +103,7 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class SmallResNet(nn.Sequential):
-    """One basic block a stage, 1.2 M parameters at widths 32-64-128-256; stem stride 2 for 64 px, 1 for 32."""
+    """One basic block a stage; widths 32-64-128-256 give 1.2 M parameters. Stem stride 2: 64 px, 1: 32 px."""
 
     def __init__(
         self, widths: tuple[int, ...] = (32, 64, 128, 256), stem_stride: int = 2, channels: int = 3

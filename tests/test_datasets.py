@@ -14,10 +14,12 @@ from PIL import Image
 from lt_core import paths
 from lt_core.datasets import (
     ImageSource,
+    Listing,
+    check_data,
     cifar100_lists,
     decode,
+    decode_listing,
     exponential_counts,
-    image_lists,
     load_dataset,
     long_tail_lists,
     pareto_counts,
@@ -126,12 +128,16 @@ def pack(root: Path, kind: str) -> None:
     (root / "pets").rename(root / "unpacked")
 
 
+def pets(root: Path, lists: dict, class_names: tuple = ("a", "b", "c")):
+    return decode_listing(Listing("pets", ImageSource(root, "pets"), lists, class_names, size=6))
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
 def test_any_image_tree_becomes_a_data_set(tmp_path, kind):
     lists = make_tree(tmp_path)
     if kind != "folder":
         pack(tmp_path, kind)
-    data = image_lists("pets", ImageSource(tmp_path, "pets"), lists, ["cat", "dog", "bird"], size=6)
+    data = pets(tmp_path, lists, ("cat", "dog", "bird"))
     train = data.splits["train"]
     assert train.images.shape == (9, 6, 6, 3) and train.images.dtype == torch.uint8
     assert data.counts.tolist() == [3, 3, 3] and data.class_names == ("cat", "dog", "bird")
@@ -141,32 +147,31 @@ def test_any_image_tree_becomes_a_data_set(tmp_path, kind):
 
 def test_decoded_arrays_are_cached_and_damage_is_repaired(tmp_path):
     lists = make_tree(tmp_path)
-    first = image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    first = pets(tmp_path, lists)
     files = sorted((paths.decoded() / "decoded").glob("*.npy"))
     assert len(files) == 3
     stamps = [f.stat().st_mtime_ns for f in files]
-    image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    pets(tmp_path, lists)
     assert [f.stat().st_mtime_ns for f in files] == stamps
     files[0].write_bytes(files[0].read_bytes()[:100])
-    again = image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+    again = pets(tmp_path, lists)
     for split in first.splits:
         assert torch.equal(first.splits[split].images, again.splits[split].images)
 
 
 def test_wrong_trees_are_refused_with_the_name_of_the_file(tmp_path):
     lists = make_tree(tmp_path)
-    source = ImageSource(tmp_path, "pets")
     with pytest.raises(
-        DataError, match=r"1 of 10 images that the pets-train list names are missing.*first no.png"
+        DataError, match=r"pets: the train list names 10 images, of which 1 are missing in .*, first no.png"
     ):
-        image_lists("pets", source, lists | {"train": [*lists["train"], ("no.png", 0)]}, "abc", size=6)
-    with pytest.raises(DataError, match="class 3 .* has no training images"):
-        image_lists("pets", source, lists, "abcd", size=6)
+        pets(tmp_path, lists | {"train": [*lists["train"], ("no.png", 0)]})
+    with pytest.raises(DataError, match="train list has no image of class 3 .d."):
+        pets(tmp_path, lists, tuple("abcd"))
     with pytest.raises(DataError, match="train list has label 2, but there are 2 classes"):
-        image_lists("pets", source, lists, "ab", size=6)
+        pets(tmp_path, lists, tuple("ab"))
     (tmp_path / "pets" / "class 1" / "0.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match="class 1/0.png in .* is not a readable image"):
-        image_lists("pets", ImageSource(tmp_path, "pets"), lists, "abc", size=6)
+        pets(tmp_path, lists)
     assert not list((paths.decoded() / "decoded").glob("pets-train*"))  # nothing half-decoded stays
     with pytest.raises(DataError, match="has neither the folder birds nor an archive"):
         ImageSource(tmp_path, "birds")
@@ -178,8 +183,7 @@ def test_truncated_archive_is_refused(tmp_path):
     whole = (tmp_path / "pets.tar").read_bytes()
     (tmp_path / "pets.tar").write_bytes(whole[:700])
     with pytest.raises(DataError, match="cannot be read|missing"):
-        source = ImageSource(tmp_path, "pets")
-        image_lists("pets", source, {"train": [("class 0/0.png", 0)]}, "a", size=6)
+        pets(tmp_path, {"train": [("class 0/0.png", 0)]}, ("a",))
 
 
 def test_decode_cuts_the_centre_out():
@@ -199,6 +203,15 @@ def test_data_root_must_be_named_and_exist(tmp_path, monkeypatch):
         load_dataset("cifar100_lt", tmp_path / "none")
     with pytest.raises(InputError, match="unknown data set 'mnist': choose one of cifar100_lt, digits"):
         load_dataset("mnist")
+
+
+def test_check_data_says_what_is_there_and_what_is_missing(tmp_path):
+    assert list(check_data("digits")) == [
+        "digits: built in, nothing to check",
+        "letters: built in, nothing to check",
+    ]
+    with pytest.raises(DataError, match="has neither the folder cifar-100-images nor an archive"):
+        list(check_data("small", tmp_path))
 
 
 # ---------------------------------------------------------------- built-in
@@ -267,3 +280,9 @@ def test_cifar_counts_are_laid_on_classes_as_in_the_lists():
     counts = np.bincount([label for _, label in made["train"]])
     listed = np.bincount([label for _, label in read_list(root / "CIFAR100_LT_train.txt")])
     assert counts.tolist() == listed.tolist()
+
+
+@needs_images
+def test_check_data_on_real_images():
+    lines = list(check_data("small"))
+    assert any("11198 train, 4000 val, 10000 test images of 200 classes are there" in line for line in lines)

@@ -12,27 +12,42 @@ from lt_core.report.figures import (
 )
 from lt_core.report.published import published, published_notes, published_rows, published_rule
 from lt_core.report.rendering import TableView
-from lt_core.report.tables import Row, build_table, load_table, per_class_table, save_table, show_table
+from lt_core.report.rows import TABLE1, TABLE2, method_rows, provenance, quoted_rows
+from lt_core.report.tables import (
+    Row,
+    build_table,
+    effect_in_words,
+    load_table,
+    per_class_table,
+    save_table,
+    show_table,
+)
 
 __all__ = [
     "METHODS",
     "STYLES",
+    "TABLE1",
+    "TABLE2",
     "Row",
     "TableView",
     "accuracy_by_class_size",
     "build_table",
     "classifiers",
     "crossings",
+    "effect_in_words",
     "figure2_data",
     "figure_style",
     "load_table",
+    "method_rows",
     "per_class_table",
     "predict",
     "probabilities",
+    "provenance",
     "published",
     "published_notes",
     "published_rows",
     "published_rule",
+    "quoted_rows",
     "save_figure",
     "save_table",
     "show_table",

@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -112,8 +114,10 @@ def style_of(name: str) -> Style:
     return STYLES[name]
 
 
-def save_figure(fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: str) -> None:
+def save_figure(fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: str) -> Image:
     """Writes <name>.png (200 dpi), <name>.svg and <name>.csv (the plotted numbers) to figures/<profile>/.
+
+    Closes the figure and returns the PNG for display in a notebook.
 
     Numbers are rounded to 0.01. `alt` says in words what the picture shows: the title of the SVG and the
     description of the PNG. The same figure gives the same bytes; no file is ever half written.
@@ -128,6 +132,8 @@ def save_figure(fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: s
     for suffix, content in (("png", png), ("svg", svg), ("csv", table)):
         with paths.atomic(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
+    plt.close(fig)
+    return Image(data=png, format="png", width=round(100 * fig.get_figwidth()), alt=alt)
 
 
 def figure2_data(counts: object, accuracies: Mapping[str, object], bins: int | None = None) -> pd.DataFrame:

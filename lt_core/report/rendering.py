@@ -199,6 +199,15 @@ def _sign(line: pd.Series) -> str:
     return "same" if printed * low > 0 else "other"
 
 
+def in_words(line: pd.Series) -> str:
+    """The effect of one line of a table: in print, here with its interval, and whether the signs agree."""
+    printed, value, low, high = (_signed(line[column]) for column in EFFECT)
+    before = f"in print {printed}, " if printed else ""
+    here = f"here {value} [{low}, {high}]" if value else "no value here"
+    sign = _sign(line)
+    return f"{before}{here} points" + (f" ({SIGNS[sign][1]})" if sign else "")
+
+
 def _plain(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.1f}".replace("-", MINUS)
 

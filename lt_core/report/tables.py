@@ -21,12 +21,12 @@ import pandas as pd
 from filelock import FileLock
 
 from lt_core import paths
-from lt_core.errors import DataError, InputError, check_counts, check_labels
+from lt_core.errors import DataError, InputError, check_counts, check_labels, unknown
 from lt_core.groups import RULES, group_of
 from lt_core.metrics import COLUMNS as GROUPS
 from lt_core.metrics import bootstrap_accuracies, group_accuracy, interval, per_class_accuracy
 from lt_core.report.published import published, published_notes, published_rule
-from lt_core.report.rendering import TableView, markdown_document
+from lt_core.report.rendering import TableView, in_words, markdown_document
 
 TEXT = ("table", "row", "group", "rule", "split", "checkpoint", "backbone", "seeds", "note")
 COLUMNS = (
@@ -194,6 +194,15 @@ def show_table(frame: pd.DataFrame, rule: str = "paper") -> TableView:
     """The table under one grouping rule, for display in a notebook: print, here, effects, caption."""
     _name_of(frame)
     return TableView(frame, rule)
+
+
+def effect_in_words(frame: pd.DataFrame, row: str, group: str) -> str:
+    """One Markdown line: the effect of a row on a group in print and here, and whether they agree."""
+    _name_of(frame)
+    here = frame[(frame["row"] == row) & (frame["group"] == group) & (frame["rule"] == "paper")]
+    if here.empty:
+        raise InputError(unknown("row", row, list(dict.fromkeys(frame["row"]))))
+    return f"- {row.rpartition(' / ')[2]}, {group}: {in_words(here.iloc[0])}"
 
 
 def _check_rows(rows: Sequence[Row]) -> dict[str | None, Row]:
