@@ -1,4 +1,4 @@
-"""How a table of `build_table` looks: Markdown for files, HTML for notebooks."""
+"""How a table of `build_table` looks: Markdown for files and the README, HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -70,6 +70,15 @@ def to_markdown(frame: pd.DataFrame, rule: str) -> str:
         lines.append("| " + " | ".join([label, *cell]) + " |")
     footnotes = [f"({number}) {note}" for number, note in notes.numbered()]
     return "\n\n".join(["\n".join(lines), " ".join(_caption(frame, rule)), *footnotes])
+
+
+def to_summary(frame: pd.DataFrame, rule: str = "paper") -> str:
+    """The reproduced rows alone, `published → reproduced` without intervals: the table of the README."""
+    lines = ["| | " + " | ".join(GROUPS) + " |", "| --- |" + " --- |" * len(GROUPS)]
+    for name, cells in _lines(frame[frame["reproduced"].notna()], rule):
+        values = [_pair(cells[group], ACCURACY, _plain, "{}") if group in cells else "" for group in GROUPS]
+        lines.append("| " + " | ".join([_escaped(name.rpartition(" / ")[2]), *values]) + " |")
+    return "\n".join(lines)
 
 
 def to_html(frame: pd.DataFrame, rule: str) -> str:

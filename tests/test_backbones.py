@@ -1,0 +1,163 @@
+"""Backbones end to end on digits: train, cache, resume, extract, and every refusal."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lt_core import backbones, paths
+from lt_core.backbones import cache_folder, ensure, extract_command, load, load_seeds, train_command
+from lt_core.errors import CacheError, DataError, ProfileError, TrainingError
+from lt_core.features import META, load_cache
+from lt_core.methods import predict
+from lt_core.metrics import group_accuracy
+from lt_core.profiles import load_profile
+from lt_core.transfer import prototypes
+
+
+def quiet(line: str) -> None:
+    """Progress that nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The three digits backbones, trained once for all tests of this file (they are not written to)."""
+    root = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LT_OUTPUT_ROOT", str(root))
+        for name in load_profile("digits").backbones:
+            ensure("digits", name, 0, progress=quiet)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+
+
+@pytest.fixture
+def digits(trained, monkeypatch):
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(trained))
+
+
+def test_training_writes_a_cache_with_its_provenance(digits):
+    cache = load("digits", "sqrt")
+    assert cache.features("train").shape == (468, 64) and cache.features("test").shape == (400, 64)
+    meta = cache.meta
+    assert meta["backbone"] == "sqrt" and meta["sampler"] == "square_root" and meta["seed"] == 0
+    assert len(meta["history"]) == meta["recipe"]["epochs"] == 30
+    assert meta["accuracies"]["last"]["test"]["classifier"]["total"] > 85
+    assert set(meta["accuracies"]) == {"last", "best_on_validation"} and 1 <= meta["epoch_of_best"] <= 30
+    for key in ("code_version", "hardware", "seconds", "sha256", "network", "loss", "start", "date", "torch"):
+        assert meta[key], key
+
+
+def test_the_cache_gives_the_accuracies_that_it_states(digits):
+    cache = load("digits", "sqrt")
+    for method, name in (("cosine", "classifier"), ("prototypes", "prototypes")):
+        found = group_accuracy(predict(cache, method), cache.labels("test"), cache.counts)
+        assert found == pytest.approx(cache.meta["accuracies"]["last"]["test"][name], abs=1)
+
+
+def test_the_cached_prototypes_are_those_of_the_training_features(digits):
+    cache = load("digits", "sqrt")
+    again = prototypes(cache.features("train"), cache.labels("train"), 10)
+    assert torch.nn.functional.cosine_similarity(again, cache.prototypes).min() > 0.9999
+
+
+def test_continual_leaves_few_shot_classes_out(digits):
+    cache = load("digits", "continual")
+    assert torch.equal(cache.trained, cache.counts > 20)
+    assert cache.features("train").shape[0] == 468  # features of all classes all the same
+    stated = cache.meta["accuracies"]["last"]["test"]["classifier"]
+    assert stated["few"] is None and stated["total"] is None and stated["many"] > 80
+
+
+def test_frozen_backbone_starts_from_the_pretraining(digits):
+    cache = load("digits", "imagenet_frozen")
+    assert (
+        cache.meta["start"] == "letters"
+        and cache.meta["accuracies"]["last"]["test"]["classifier"]["total"] > 60
+    )
+    assert list((paths.runs() / "letters" / "letters").glob("seed0-*/backbone.pt"))
+
+
+def test_seeds_of_the_profile(digits):
+    assert [cache.meta["seed"] for cache in load_seeds("digits", "sqrt", 0)] == [0]
+
+
+def test_a_second_call_trains_nothing(digits, monkeypatch):
+    monkeypatch.setattr(backbones, "train_backbone", None)
+    assert ensure("digits", "sqrt", 0, progress=quiet) == cache_folder("digits", "sqrt", 0)
+
+
+def test_extract_gives_the_same_cache(digits, tmp_path):
+    run = next((paths.runs() / "digits" / "sqrt").glob("seed0-*"))
+    extract_command("digits", "sqrt", str(run / "last.pt"), str(tmp_path / "again"))
+    one, two = load("digits", "sqrt"), load_cache(tmp_path / "again")
+    assert torch.equal(one.features("test"), two.features("test")) and torch.equal(one.weights, two.weights)
+    with pytest.raises(CacheError, match="is not a checkpoint of digits/continual"):
+        extract_command("digits", "continual", str(run / "last.pt"), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_train_all_skips_what_is_done(digits, capsys):
+    train_command("digits", "all")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("done already" in line for line in lines)
+
+
+def test_train_goes_where_it_is_told(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained / "runs", tmp_path / "runs")  # finished runs: only extraction is left to do
+    train_command("digits", "sqrt", seed=0, out=str(tmp_path / "elsewhere"))
+    assert "resuming at epoch 31" in capsys.readouterr().out
+    again = load_cache(tmp_path / "elsewhere" / "digits" / "sqrt" / "seed0")
+    whole = load_cache(trained / "caches" / "digits" / "sqrt" / "seed0")
+    assert torch.equal(again.weights, whole.weights)
+    assert not (tmp_path / "caches").exists()
+
+
+def test_missing_embedded_cache_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "SHIPPED_CACHES", tmp_path / "none")
+    with pytest.raises(CacheError, match="python -m lt_core train --profile small --backbone sqrt --seed 0"):
+        load("embedded", "sqrt")
+    with pytest.raises(CacheError, match="seed 7"):
+        load("embedded", "sqrt", 7)
+
+
+def test_refusals():
+    with pytest.raises(ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, small"):
+        load("tiny", "sqrt")
+    with pytest.raises(
+        ProfileError, match="profile digits: unknown backbone 'resnet': choose one of continual"
+    ):
+        load("digits", "resnet")
+    with pytest.raises(DataError, match="`small` trains what it ships"):
+        train_command("embedded", "sqrt")
+
+
+def test_a_model_at_chance_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(backbones, "fit", lambda *args: tmp_path.mkdir(exist_ok=True) or [])
+    job = backbones.prepare(load_profile("digits"), "sqrt", 0, say=quiet)
+    torch.nn.init.zeros_(job.model.backbone.network[0].weight)  # all images look alike
+    with pytest.raises(TrainingError, match="nothing was learned, so no cache is written"):
+        backbones.write_cache(job, tmp_path / "cache")
+    assert not (tmp_path / "cache" / META).exists()
+
+
+@pytest.mark.parametrize("backbone", ["sqrt", "continual", "imagenet_frozen"])
+def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone):
+    folder = paths.SHIPPED_CACHES / load_profile("embedded").dataset_of(backbone) / backbone / "seed0"
+    cache = load_cache(folder)
+    assert {"train", "val", "test"} == set(cache.splits)
+    assert len(cache.labels("test")) == 10_000
+    assert "unknown" not in cache.meta["code_version"] and "changes" not in cache.meta["code_version"]
+    counts = torch.bincount(cache.labels("train"), minlength=len(cache.counts))
+    assert torch.equal(counts, cache.counts)
+    shipped = sum(p.stat().st_size for p in paths.SHIPPED_CACHES.rglob("*.safetensors"))
+    assert shipped < 120e6
+    assert (
+        json.loads((folder / META).read_text())["recipe"]
+        == load_profile("small").recipes[load_profile("small").backbone(backbone).recipe].model_dump()
+    )

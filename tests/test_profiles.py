@@ -1,0 +1,62 @@
+"""Profiles are typed data: what they say, and that everything unknown, mistyped or unused is refused."""
+
+import pytest
+
+from lt_core.errors import ProfileError
+from lt_core.models import BACKBONES
+from lt_core.profiles import FOLDER, load_profile, profile_names, read_profile
+from lt_core.samplers import SAMPLERS
+
+VALID = (FOLDER / "digits.toml").read_text(encoding="utf-8")
+
+
+def test_known_profiles():
+    assert set(profile_names()) >= {"embedded", "digits", "small"}
+    for name in profile_names():
+        profile = load_profile(name)
+        assert profile.name == name and profile.description
+        assert {"sqrt", "continual", "imagenet_frozen"} <= set(profile.backbones)
+        for backbone in profile.backbones.values():
+            assert backbone.network in BACKBONES and backbone.sampler in SAMPLERS
+
+
+def test_embedded_is_small_without_training():
+    embedded, small = load_profile("embedded"), load_profile("small")
+    assert embedded.backbones == small.backbones and embedded.recipes == small.recipes
+    assert not embedded.trains and small.trains and not embedded.needs_images
+
+
+def test_the_default_backbone_is_the_papers():
+    sqrt = load_profile("small").backbone("sqrt")
+    assert (sqrt.sampler, sqrt.classifier, sqrt.loss) == ("square_root", "cosine", "cross_entropy")
+    assert load_profile("small").recipes[sqrt.recipe].warmup_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 30", "epochs = 30\nmomemtum = 0.9", r"recipes.from_scratch.momemtum: Extra inputs"),
+        ("epochs = 30", "epochs = 0", "recipes.from_scratch.epochs: .*greater than or equal to 1"),
+        ("epochs = 30", 'epochs = "30"', "recipes.from_scratch.epochs: .*valid integer"),
+        ("epochs = 30\n", "", "recipes.from_scratch.epochs: Field required"),
+        ("learning_rate = 0.1", "learning_rate = -0.1", "learning_rate: .*greater than or equal to 0"),
+        ('role = "imagenet_lt"', 'role = "imagenet"', "backbones.sqrt.role"),
+        ('recipe = "from_scratch"', 'recipe = "fast"', "unknown recipe 'fast': choose one of from_scratch"),
+        ('start = "letters"', 'start = "words"', "unknown start 'words'"),
+        ('start = "letters"\n', "", "pretraining 'letters' is used by no backbone: remove it"),
+        ('recipe = "head_only"', 'recipe = "from_scratch"', "recipe 'head_only' is used by no backbone"),
+        ('places_lt = "digits"', "", "must name imagenet_lt and places_lt"),
+        ("trains = true", "trains = true\n[", "digits.toml"),
+    ],
+)
+def test_wrong_profiles_are_refused(tmp_path, old, new, message):
+    assert old in VALID
+    path = tmp_path / "digits.toml"
+    path.write_text(VALID.replace(old, new), encoding="utf-8")
+    with pytest.raises(ProfileError, match=message):
+        read_profile(path)
+
+
+def test_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ProfileError, match="unknown profile 'big': choose one of digits, embedded, small"):
+        load_profile("big")
