@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,25 +24,32 @@ from lt_core.metrics import bootstrap_accuracies, group_accuracy, per_class_accu
 from lt_core.report import (
     METHODS,
     STYLES,
+    TABLE1,
+    TABLE2,
     Row,
     accuracy_by_class_size,
     build_table,
     classifiers,
     crossings,
+    effect_in_words,
     figure2_data,
     figure_style,
     load_table,
+    method_rows,
     per_class_table,
     predict,
     probabilities,
+    provenance,
     published,
     published_notes,
     published_rows,
     published_rule,
+    quoted_rows,
     save_figure,
     save_table,
     show_table,
     style_of,
+    to_summary,
 )
 from lt_core.report.published import FILE
 from lt_core.report.tables import COLUMNS
@@ -198,7 +206,7 @@ def test_classes_left_out_of_training():
 
 def test_prediction_in_chunks(monkeypatch):
     whole = predict(small_cache(), "wh20")
-    monkeypatch.setattr("lt_core.report.methods.CHUNK", 70)
+    monkeypatch.setattr("lt_core.methods.CHUNK", 70)
     np.testing.assert_array_equal(predict(small_cache(), "wh20"), whole)
 
 
@@ -362,8 +370,9 @@ def test_the_shown_table_marks_signs_by_symbol_and_word():
     frame = build_table("T1", rows, LABELS, COUNTS)
     view = show_table(frame)
     page = view._repr_html_()
-    body = {row.split(">")[1].split("<")[0]: row for row in page.split("<tr>") if 'scope="row"' in row}
-    assert 'title="same sign as in print"' in body["w^h(20)"]
+    lines = [row for row in page.split("<tr>") if 'scope="row"' in row]
+    body = {re.sub("<sup>[(].*?</sup>|<.*?>", "", line.split("</th>")[0]): line for line in lines}
+    assert 'title="same sign as in print"' in body["wh(20)"] and "<i>w</i><sup>h</sup>(20)" in page
     assert 'title="opposite sign"' in body["Wrong"]
     assert "✗" in body["Wrong"] and "○" in body["Open"] and "✓" not in body["Open"]
     assert "&lt;LWS&gt;" in page and "<LWS>" not in page and "49.9" in page and "30.3" not in page
@@ -546,3 +555,80 @@ def test_styles_are_fixed_and_differ_within_a_family():
             assert len({getattr(style_of(name), part) for name in family}) == len(family)
     with pytest.raises(InputError, match="prototypes"):
         style_of("blue")
+
+
+# --- Rows from caches ----------------------------------------------------------------------------------
+
+
+def named_cache(backbone: str = "sqrt", seed: int = 0, excluded: int = 0) -> SimpleNamespace:
+    cache = small_cache(excluded)
+    return SimpleNamespace(
+        **vars(cache),
+        meta={
+            "backbone": backbone,
+            "seed": seed,
+            "dataset": "digits",
+            "network": "digits_net",
+            "start": "scratch",
+            "classifier": "cosine",
+            "loss": "cross_entropy",
+            "sampler": "square_root",
+            "leave_out": "few" if excluded else "nothing",
+            "recipe": {
+                "epochs": 3,
+                "batch_size": 8,
+                "learning_rate": 0.0,
+                "classifier_learning_rate": 0.1,
+                "weight_decay": 5e-4,
+            },
+            "seconds": 90.0,
+            "hardware": "CPU",
+            "code_version": "abc",
+        },
+        trained=~cache.weights.isnan().any(dim=1),
+    )
+
+
+def test_rows_of_a_block_refer_to_its_first_row_and_to_print():
+    rows = method_rows([named_cache(), named_cache(seed=1)], TABLE1, "Ours*", printed="T1")
+    assert [row.name for row in rows] == published_rows("T1")[:6]
+    assert rows[0].reference is None and all(row.reference == rows[0].name for row in rows[1:])
+    assert all(list(row.seeds) == [0, 1] and len(row.predictions) == 2 for row in rows)
+    assert all(row.published == ("T1", row.name) for row in rows)
+
+
+def test_both_blocks_of_table_2_stand_in_print():
+    full = method_rows([named_cache()], TABLE2, "Full training", printed="T2")
+    excluded = method_rows([named_cache("continual", excluded=4)], TABLE2, "Few-shot excluded", printed="T2")
+    assert [row.name for row in [*full, *excluded]] == published_rows("T2")
+    assert excluded[0].groups == ("many", "medium") and len(excluded[1].groups) == 4
+
+
+def test_quoted_systems_have_no_predictions():
+    rows = quoted_rows("T1", "Cosine classifier")
+    assert len(rows) == 6 and rows[0].name == "LWS [16]" and not len(rows[0].predictions)
+
+
+def test_provenance_names_recipe_seeds_time_and_code():
+    text = provenance([named_cache(), named_cache(seed=1)])
+    for part in ("`sqrt`", "3 epochs", "Seeds 0, 1", "1.5 min a seed", "backbone frozen", "code abc"):
+        assert part in text, part
+
+
+def test_rows_need_a_cache():
+    with pytest.raises(InputError, match="caches must hold"):
+        method_rows([], TABLE1)
+
+
+def test_effects_in_words():
+    frame = build_table("T1", two_rows(), LABELS, COUNTS)
+    text = effect_in_words(frame, frame["row"].iloc[-1], "few")
+    assert text.startswith("- ") and "in print" in text and "points" in text
+    with pytest.raises(InputError, match="unknown row 'none'"):
+        effect_in_words(frame, "none", "few")
+
+
+def test_the_summary_shows_reproduced_rows_only():
+    rows = [*two_rows(), Row("LWS [16]", published=("T1", "LWS [16]"), reference="Cosine classifier")]
+    text = to_summary(build_table("T1", rows, LABELS, COUNTS))
+    assert "LWS" not in text and len(text.splitlines()) == 2 + 2 and "→" in text and "[" not in text

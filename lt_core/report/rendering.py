@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,10 +27,12 @@ STYLE = """<style>
 figure.lt-table { margin: 0.5em 0; }
 .lt-table .scroll { overflow-x: auto; max-width: 100%; }
 .lt-table table { border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; margin: 0; }
-.lt-table th, .lt-table td { padding: 0.25em 0.6em; text-align: right; white-space: nowrap; border: 0; }
-.lt-table thead th { border-bottom: 1px solid currentColor; text-align: center; }
+.lt-table th, .lt-table td { padding: 0.25em 0.7em; text-align: right; white-space: nowrap; border: 0; }
+.lt-table td { vertical-align: top; }
+.lt-table thead th { border-bottom: 1px solid currentColor; }
+.lt-table th.block { text-align: left; padding-top: 0.8em; }
 .lt-table th[scope=row] { text-align: left; font-weight: normal; white-space: normal; min-width: 9em; }
-.lt-table td.first { border-left: 1px solid rgba(128, 128, 128, 0.5); }
+.lt-table .effect { opacity: 0.85; font-size: 0.92em; }
 .lt-table .same { color: #0072B2; font-weight: bold; }
 .lt-table .other { color: #D55E00; font-weight: bold; }
 .lt-table figcaption { max-width: 60em; font-size: 0.85em; text-align: left; padding-top: 0.5em; }
@@ -84,15 +87,17 @@ def to_summary(frame: pd.DataFrame, rule: str = "paper") -> str:
 def to_html(frame: pd.DataFrame, rule: str) -> str:
     """A table that scrolls sideways in its own box; signs are marked by a symbol and by colour."""
     notes = _Footnotes()
-    top = "".join(f'<th colspan="2" scope="colgroup">{group}</th>' for group in GROUPS)
-    second = '<th scope="col">accuracy</th><th scope="col">effect</th>' * len(GROUPS)
-    body = []
+    body, block = [], ""
     for name, cells in _lines(frame, rule):
+        above, _, label = name.rpartition(" / ")
+        if above != block:
+            block = above
+            body.append(f'<tr><th class="block" colspan="{1 + len(GROUPS)}">{_html_name(block)}</th></tr>')
         mark = notes.marks(cells, "<sup>({})</sup>")
-        label = f'<th scope="row">{html.escape(name)}{mark}{_origin(frame, rule, cells)}</th>'
-        body.append(f"<tr>{label}" + "".join(_html_cells(cells.get(group)) for group in GROUPS) + "</tr>")
-    head = f"<thead><tr><th></th>{top}</tr><tr><th></th>{second}</tr></thead>"
-    table = f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
+        head = f'<th scope="row">{_html_name(label)}{mark}{_origin(frame, rule, cells)}</th>'
+        body.append(f"<tr>{head}" + "".join(_html_cell(cells.get(group)) for group in GROUPS) + "</tr>")
+    columns = "".join(f'<th scope="col">{group}</th>' for group in GROUPS)
+    table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     lines = [*_caption(frame, rule), *(f"({number}) {note}" for number, note in notes.numbered())]
     caption = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
@@ -142,8 +147,8 @@ def _lines(frame: pd.DataFrame, rule: str) -> list[tuple[str, dict[str, pd.Serie
 def _caption(frame: pd.DataFrame, rule: str) -> list[str]:
     here = frame[(frame["rule"] == rule) & frame["reproduced"].notna()]
     text = [
-        f"Top-1 accuracy in percent, printed {ARROW} reproduced with its 95 % interval; effect: "
-        "the difference to the reference row (the one of the block without effects) in percentage points.",
+        f"Top-1 accuracy in percent, printed {ARROW} reproduced with its 95 % interval; effect, "
+        "below it, the difference to the reference row (the one without effects) in percentage points.",
         f"{KEY}.",
     ]
     if here.empty:
@@ -178,16 +183,23 @@ def _markdown_cell(line: pd.Series) -> str:
     return accuracy + (f"<br>effect {effect}{mark}" if effect else "")
 
 
-def _html_cells(line: pd.Series | None) -> str:
+def _html_cell(line: pd.Series | None) -> str:
+    """Accuracy and, below it, the effect."""
     if line is None:
-        return '<td class="first"></td><td></td>'
-    accuracy = _pair(line, ACCURACY, _plain, "<b>{}</b> <small>±{half}</small>")
-    effect = _pair(line, EFFECT, _signed, "<b>{}</b> <small>±{half}</small>")
-    sign = _sign(line)
-    if sign:
+        return "<td></td>"
+    form = "<b>{}</b> <small>±{half}</small>"
+    accuracy, effect = _pair(line, ACCURACY, _plain, form), _pair(line, EFFECT, _signed, form)
+    if not effect:
+        return f"<td>{accuracy}</td>"
+    if sign := _sign(line):
         symbol, meaning = SIGNS[sign]
         effect += f' <span class="{sign}" title="{meaning}" aria-label="{meaning}">{symbol}</span>'
-    return f'<td class="first">{accuracy}</td><td>{effect}</td>'
+    return f'<td>{accuracy}<div class="effect">{effect}</div></td>'
+
+
+def _html_name(name: str) -> str:
+    """A row's name with its exponents raised: w^hc(20)."""
+    return re.sub(r"w\^(hc?)", r"<i>w</i><sup>\1</sup>", html.escape(name))
 
 
 def _pair(line: pd.Series, columns: tuple[str, ...], number: Callable[[float], str], form: str) -> str:
