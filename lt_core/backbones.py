@@ -39,12 +39,15 @@ Say = Callable[[str], None]
 # ---------------------------------------------------------------- finding caches
 
 
-def cache_folder(profile: str, backbone: str, seed: int, out: Path | None = None) -> Path:
-    """Where a cache lies: caches/<dataset>/<backbone>/seed<N>, below `out`, the outputs or the checkout."""
-    relative = Path(load_profile(profile).dataset_of(backbone)) / backbone / f"seed{seed}"
-    folder = (out or paths.caches()) / relative
-    shipped = paths.SHIPPED_CACHES / relative
-    return shipped if out is None and not (folder / META).exists() and (shipped / META).exists() else folder
+def cache_folder(profile: str, backbone: str, seed: int) -> Path:
+    """Where a cache lies: caches/<dataset>/<backbone>/seed<N> below the output root.
+
+    A profile that trains nothing finds the repository's caches wherever the outputs go.
+    """
+    chosen = load_profile(profile)
+    relative = Path(chosen.dataset_of(backbone)) / backbone / f"seed{seed}"
+    folder = paths.caches() / relative
+    return folder if chosen.trains or (folder / META).exists() else paths.SHIPPED_CACHES / relative
 
 
 def ensure(

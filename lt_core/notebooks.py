@@ -12,7 +12,7 @@ import ast
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,6 +102,34 @@ class Notebook:
         except Exception as error:  # whatever papermill raises about a damaged file
             return f"its parameters cannot be read: {error}"
         return f"its parameters lack {' and '.join(missing)}" if missing else ""
+
+
+@dataclass
+class Record:
+    """The account of one notebook, kept in reports/<profile>/NN_name.json."""
+
+    notebook: str
+    title: str
+    status: str  # ok, failed, running (also: was interrupted)
+    started: str = ""  # local date and time
+    seconds: float = 0.0
+    parameters: dict[str, Any] = field(default_factory=dict)
+    produces: list[str] = field(default_factory=list)
+    error: str = ""
+    cell: str = ""  # where the error was
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        with paths.atomic(folder / f"{self.notebook}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Record | None:
+        """The record of the last run; None when there is none that can be read."""
+        try:
+            return cls(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def source_of(cell: dict[str, Any]) -> str:

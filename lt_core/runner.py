@@ -10,7 +10,6 @@ takes nothing along.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 from lt_core import notebooks as nbs
 from lt_core import paths
 from lt_core.errors import InputError, LTError
-from lt_core.notebooks import Notebook
+from lt_core.notebooks import Notebook, Record
 
 STAGGER_SECONDS = 1.0  # between two kernel starts: they look for free ports and read the same files
 CLOCK_SLACK_SECONDS = 2.0  # file times are coarser than the clock
@@ -50,34 +49,6 @@ class Options:
     data_root: Path | None = None
     seed: int = 0
     assignments: list[str] = field(default_factory=list)  # NAME=VALUE
-
-
-@dataclass
-class Record:
-    """The account of one notebook, kept in reports/<profile>/NN_name.json."""
-
-    notebook: str
-    title: str
-    status: str  # ok, failed, running (also: was interrupted)
-    started: str = ""  # local date and time
-    seconds: float = 0.0
-    parameters: dict[str, Any] = field(default_factory=dict)
-    produces: list[str] = field(default_factory=list)
-    error: str = ""
-    cell: str = ""  # where the error was
-    fingerprint: dict[str, str] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        with paths.atomic(folder / f"{self.notebook}.json") as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path, name: str) -> Record | None:
-        """The record of the last run; None when there is none that can be read."""
-        try:
-            return cls(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
 
 
 @dataclass

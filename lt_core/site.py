@@ -35,8 +35,8 @@ from traitlets.config import Config
 from lt_core import paths
 
 if TYPE_CHECKING:
+    from lt_core.notebooks import Record
     from lt_core.profiles import Profile
-    from lt_core.runner import Record
 
 TEMPLATES = paths.PACKAGE / "site_template"
 LONG_OUTPUT_LINES = 20  # longer printed output is folded

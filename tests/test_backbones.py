@@ -126,6 +126,11 @@ def test_missing_embedded_cache_says_how_to_get_it(monkeypatch, tmp_path):
         load("embedded", "sqrt", 7)
 
 
+def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
+    assert cache_folder("embedded", "sqrt", 0).is_relative_to(paths.SHIPPED_CACHES)
+    assert cache_folder("small", "sqrt", 0) == tmp_path / "caches" / "tiny_imagenet_lt" / "sqrt" / "seed0"
+
+
 def test_refusals():
     with pytest.raises(ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, small"):
         load("tiny", "sqrt")

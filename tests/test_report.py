@@ -623,7 +623,7 @@ def test_rows_need_a_cache():
 def test_effects_in_words():
     frame = build_table("T1", two_rows(), LABELS, COUNTS)
     text = effect_in_words(frame, frame["row"].iloc[-1], "few")
-    assert text.startswith("- ") and "in print" in text and "points" in text
+    assert text.startswith("- $w^{h}(20)$, few: in print +27.6, here") and "points" in text
     with pytest.raises(InputError, match="unknown row 'none'"):
         effect_in_words(frame, "none", "few")
 

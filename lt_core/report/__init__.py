@@ -11,7 +11,7 @@ from lt_core.report.figures import (
     style_of,
 )
 from lt_core.report.published import published, published_notes, published_rows, published_rule
-from lt_core.report.rendering import TableView, to_summary
+from lt_core.report.rendering import TableView, to_summary, typeset
 from lt_core.report.rows import TABLE1, TABLE2, method_rows, provenance, quoted_rows
 from lt_core.report.tables import (
     Row,
@@ -53,4 +53,5 @@ __all__ = [
     "show_table",
     "style_of",
     "to_summary",
+    "typeset",
 ]

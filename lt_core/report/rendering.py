@@ -87,14 +87,17 @@ def to_summary(frame: pd.DataFrame, rule: str = "paper") -> str:
 def to_html(frame: pd.DataFrame, rule: str) -> str:
     """A table that scrolls sideways in its own box; signs are marked by a symbol and by colour."""
     notes = _Footnotes()
-    body, block = [], ""
+    body, above = [], ("", "")
     for name, cells in _lines(frame, rule):
-        above, _, label = name.rpartition(" / ")
-        if above != block:
-            block = above
-            body.append(f'<tr><th class="block" colspan="{1 + len(GROUPS)}">{_html_name(block)}</th></tr>')
+        block, _, label = name.rpartition(" / ")
+        run = _origin(frame, rule, cells)
+        if block and (block, run) != above:
+            body.append(
+                f'<tr><th class="block" colspan="{1 + len(GROUPS)}">{_html_name(block)}{run}</th></tr>'
+            )
+        above = (block, run)
         mark = notes.marks(cells, "<sup>({})</sup>")
-        head = f'<th scope="row">{_html_name(label)}{mark}{_origin(frame, rule, cells)}</th>'
+        head = f'<th scope="row">{_html_name(label)}{mark}{"" if block else run}</th>'
         body.append(f"<tr>{head}" + "".join(_html_cell(cells.get(group)) for group in GROUPS) + "</tr>")
     columns = "".join(f'<th scope="col">{group}</th>' for group in GROUPS)
     table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -200,6 +203,11 @@ def _html_cell(line: pd.Series | None) -> str:
 def _html_name(name: str) -> str:
     """A row's name with its exponents raised: w^hc(20)."""
     return re.sub(r"w\^(hc?)", r"<i>w</i><sup>\1</sup>", html.escape(name))
+
+
+def typeset(name: str) -> str:
+    """A row's name for Markdown, with formulas: w^hc(20) becomes $w^{hc}(20)$."""
+    return re.sub(r"w\^(hc?)\((\d+)\)", r"$w^{\1}(\2)$", name)
 
 
 def _pair(line: pd.Series, columns: tuple[str, ...], number: Callable[[float], str], form: str) -> str:

@@ -26,7 +26,7 @@ from lt_core.groups import RULES, group_of
 from lt_core.metrics import COLUMNS as GROUPS
 from lt_core.metrics import bootstrap_accuracies, group_accuracy, interval, per_class_accuracy
 from lt_core.report.published import published, published_notes, published_rule
-from lt_core.report.rendering import TableView, in_words, markdown_document
+from lt_core.report.rendering import TableView, in_words, markdown_document, typeset
 
 TEXT = ("table", "row", "group", "rule", "split", "checkpoint", "backbone", "seeds", "note")
 COLUMNS = (
@@ -202,7 +202,7 @@ def effect_in_words(frame: pd.DataFrame, row: str, group: str) -> str:
     here = frame[(frame["row"] == row) & (frame["group"] == group) & (frame["rule"] == "paper")]
     if here.empty:
         raise InputError(unknown("row", row, list(dict.fromkeys(frame["row"]))))
-    return f"- {row.rpartition(' / ')[2]}, {group}: {in_words(here.iloc[0])}"
+    return f"- {typeset(row.rpartition(' / ')[2])}, {group}: {in_words(here.iloc[0])}"
 
 
 def _check_rows(rows: Sequence[Row]) -> dict[str | None, Row]:
