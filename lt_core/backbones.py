@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lt_core import paths
 from lt_core.datasets import Dataset, Split, load_dataset
-from lt_core.errors import CacheError, DataError, TrainingError
+from lt_core.errors import CacheError, DataError, InputError, TrainingError
 from lt_core.features import META, FeatureCache, load_cache, principal_directions, read_meta, save_cache
 from lt_core.groups import group_of
 from lt_core.losses import build_loss
@@ -368,6 +368,8 @@ def train_command(
         raise DataError(
             f"profile {profile} ships its caches and trains nothing; `small` trains what it ships"
         )
+    if seed is not None and seed < 0:
+        raise InputError(f"--seed must be 0 or above, found {seed}")
     names = list(chosen.backbones) if backbone == "all" else [backbone]
     seeds = {name: [seed] if seed is not None else chosen.backbone(name).seeds for name in names}
     jobs = sorted(((s, name) for name in names for s in seeds[name]), key=lambda job: job[0])

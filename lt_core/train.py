@@ -149,6 +149,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint (tensors and plain values only; nothing is unpickled). Raises CacheError."""
+    if not path.is_file():
+        raise CacheError(f"there is no checkpoint {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

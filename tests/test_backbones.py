@@ -8,7 +8,7 @@ import torch
 
 from lt_core import backbones, paths
 from lt_core.backbones import cache_folder, ensure, extract_command, load, load_seeds, train_command
-from lt_core.errors import CacheError, DataError, ProfileError, TrainingError
+from lt_core.errors import CacheError, DataError, InputError, ProfileError, TrainingError
 from lt_core.features import META, load_cache
 from lt_core.methods import predict
 from lt_core.metrics import group_accuracy
@@ -138,6 +138,10 @@ def test_refusals():
         ProfileError, match="profile digits: unknown backbone 'resnet': choose one of continual"
     ):
         load("digits", "resnet")
+    with pytest.raises(InputError, match="--seed must be 0 or above, found -1"):
+        train_command("digits", "sqrt", seed=-1)
+    with pytest.raises(CacheError, match="there is no checkpoint none.pt"):
+        extract_command("digits", "sqrt", "none.pt", "out")
     with pytest.raises(DataError, match="`small` trains what it ships"):
         train_command("embedded", "sqrt")
 
