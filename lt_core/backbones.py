@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -378,13 +379,19 @@ def train_command(
     for number, (one_seed, name) in enumerate(jobs, start=1):
         folder = target / chosen.dataset_of(name) / name / f"seed{one_seed}"
         if (folder / META).exists():
-            print(f"[{number}/{len(jobs)}] {name} seed {one_seed}: done already, {folder}")
+            _say(f"[{number}/{len(jobs)}] {name} seed {one_seed}: done already, {folder}")
             continue
-        print(f"[{number}/{len(jobs)}] {name} seed {one_seed}", flush=True)
-        train_backbone(chosen, name, one_seed, data_root, target, say=lambda line: print(line, flush=True))
+        _say(f"[{number}/{len(jobs)}] {name} seed {one_seed}")
+        train_backbone(chosen, name, one_seed, data_root, target, _say)
         done += 1
-        passed = time.monotonic() - started
-        print(f"{passed / 60:.1f} min so far, about {passed / done * (len(jobs) - number) / 60:.0f} min left")
+        minutes = (time.monotonic() - started) / 60
+        _say(f"{minutes:.1f} min so far, about {minutes / done * (len(jobs) - number):.0f} min left")
+
+
+def _say(line: str) -> None:
+    """Progress at once, from the first of torchrun's processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def extract_command(

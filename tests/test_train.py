@@ -13,6 +13,7 @@ import torch
 from lt_core import paths, train
 from lt_core.datasets import load_dataset
 from lt_core.errors import CacheError, TrainingError
+from lt_core.features import load_cache
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.profiles import Augmentation, Recipe
@@ -161,6 +162,23 @@ def test_resume_after_sigkill_is_exact(tmp_path):
     whole, _ = run_fit(tmp_path / "whole", RECIPE.model_copy(update={"epochs": 8}))
     for name, value in load_checkpoint(folder / "last.pt")["model"].items():
         assert torch.equal(value, whole.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    """torchrun with two processes on the CPU: one cache, one voice, as accurate as one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "lt_core", "train", "--profile", "digits", "--backbone", "sqrt"]
+    environment = os.environ | {
+        "LT_OUTPUT_ROOT": str(tmp_path),
+        "PYTHONPATH": str(paths.ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("epoch 30/30") == 1
+    cache = load_cache(tmp_path / "caches" / "digits" / "sqrt" / "seed0")
+    assert cache.meta["accuracies"]["last"]["test"]["classifier"]["total"] > 85
 
 
 def test_infinite_loss_is_an_error(tmp_path):
