@@ -40,15 +40,20 @@ Say = Callable[[str], None]
 # ---------------------------------------------------------------- finding caches
 
 
+def _place(profile: Profile, backbone: str, seed: int) -> Path:
+    """A cache's place among others: <dataset>/<backbone>/seed<N>."""
+    return Path(profile.dataset_of(backbone)) / backbone / f"seed{seed}"
+
+
 def cache_folder(profile: str, backbone: str, seed: int) -> Path:
     """Where a cache lies: caches/<dataset>/<backbone>/seed<N> below the output root.
 
     A profile that trains nothing finds the repository's caches wherever the outputs go.
     """
     chosen = load_profile(profile)
-    relative = Path(chosen.dataset_of(backbone)) / backbone / f"seed{seed}"
-    folder = paths.caches() / relative
-    return folder if chosen.trains or (folder / META).exists() else paths.SHIPPED_CACHES / relative
+    place = _place(chosen, backbone, seed)
+    folder = paths.caches() / place
+    return folder if chosen.trains or (folder / META).exists() else paths.SHIPPED_CACHES / place
 
 
 def ensure(
@@ -138,7 +143,7 @@ def train_backbone(
 ) -> Path:
     """Train one backbone and write its cache into the folder returned; resumes what a killed call left."""
     started = time.monotonic()
-    folder = (out or paths.caches()) / profile.dataset_of(name) / name / f"seed{seed}"
+    folder = (out or paths.caches()) / _place(profile, name, seed)
     job = prepare(profile, name, seed, data_root, say)
     run = _run_folder(profile, name, job.backbone, seed, job.data)
     loss = build_loss(job.backbone.loss, job.data.counts[job.kept])
@@ -377,7 +382,7 @@ def train_command(
     started, done = time.monotonic(), 0
     target = Path(out).resolve() if out else paths.caches()
     for number, (one_seed, name) in enumerate(jobs, start=1):
-        folder = target / chosen.dataset_of(name) / name / f"seed{one_seed}"
+        folder = target / _place(chosen, name, one_seed)
         if (folder / META).exists():
             _say(f"[{number}/{len(jobs)}] {name} seed {one_seed}: done already, {folder}")
             continue
