@@ -13,7 +13,8 @@ from torch.nn.functional import grid_sample, interpolate
 
 from lt_core.profiles import Augmentation
 
-LUMA = (0.299, 0.587, 0.114)  # weights of red, green, blue in a grey image (ITU-R BT.601)
+# Red, green, blue to luma (ITU-R BT.601) and the two colour axes of YIQ, in whose plane hue is an angle.
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
@@ -29,7 +30,7 @@ def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch
         pixels = to_pixels(crop_and_flip(images, indices, how.crop_padding, how.flip, generator))
     else:
         pixels = to_pixels(images[indices])
-    return colour_jitter(pixels, how.colour_jitter, generator) if how.colour_jitter else pixels
+    return colour_jitter(pixels, how, generator) if how.colour_jitter else pixels
 
 
 def to_pixels(batch: Tensor) -> Tensor:
@@ -95,16 +96,44 @@ def random_resized_crop(pixels: Tensor, smallest: float, flip: bool, generator: 
     return cropped.contiguous(memory_format=torch.channels_last)
 
 
-def colour_jitter(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation, each times 1 +- strength per image (in this order)."""
+def colour_jitter(pixels: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast, saturation (each times 1 +- colour_jitter) and hue of a share of the images.
+
+    `grey` of them lose their colours. As torchvision's ColorJitter in this order, but hue turns in YIQ.
+    """
+    batch, strength = len(pixels), how.colour_jitter
+    changed = torch.rand(batch, generator=generator) < how.jitter_share
 
     def factors() -> Tensor:
-        values = torch.empty(len(pixels), 1, 1, 1).uniform_(1 - strength, 1 + strength, generator=generator)
-        return values.to(pixels.device)
+        values = torch.empty(batch).uniform_(1 - strength, 1 + strength, generator=generator)
+        return torch.where(changed, values, 1.0)
 
-    luma = torch.tensor(LUMA, device=pixels.device).view(1, 3, 1, 1)
-    pixels = (pixels * factors()).clamp_(0, 255)
+    def spread(values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1, 1).to(pixels.device)
+
+    luma = YIQ[0].to(pixels.device).view(1, 3, 1, 1)
+    pixels = (pixels * spread(factors())).clamp_(0, 255)
     mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    pixels = torch.lerp(mean, pixels, factors()).clamp_(0, 255)
+    pixels = torch.lerp(mean, pixels, spread(factors())).clamp_(0, 255)
+    saturation = factors()
+    if how.grey:
+        saturation[torch.rand(batch, generator=generator) < how.grey] = 0
     grey = (pixels * luma).sum(1, keepdim=True)
-    return torch.lerp(grey, pixels, factors()).clamp_(0, 255)
+    pixels = torch.lerp(grey, pixels, spread(saturation)).clamp_(0, 255)
+    if how.hue:
+        turns = torch.empty(batch).uniform_(-how.hue, how.hue, generator=generator)
+        pixels = turn_hue(pixels, torch.where(changed, turns, 0.0))
+    return pixels
+
+
+def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
+    """The colours of each image turned by `turns` [B] of the colour circle; luma stays (but for clipping)."""
+    cosine, sine = torch.cos(2 * torch.pi * turns), torch.sin(2 * torch.pi * turns)
+    rotation = torch.zeros(len(turns), 3, 3)
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = cosine
+    rotation[:, 1, 2], rotation[:, 2, 1] = -sine, sine
+    matrices = (torch.linalg.inv(YIQ) @ rotation @ YIQ).to(pixels.device)
+    turned = pixels.permute(0, 2, 3, 1).flatten(1, 2) @ matrices.transpose(1, 2)
+    height, width = pixels.shape[2:]
+    return turned.unflatten(1, (height, width)).permute(0, 3, 1, 2).clamp_(0, 255)

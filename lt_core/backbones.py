@@ -29,9 +29,16 @@ from lt_core.groups import group_of
 from lt_core.losses import build_loss
 from lt_core.methods import predict
 from lt_core.metrics import group_accuracy
-from lt_core.models import START_SCALE, Model, build_backbone, build_classifier, load_imagenet_weights
+from lt_core.models import (
+    START_SCALE,
+    ContrastiveHead,
+    Model,
+    build_backbone,
+    build_classifier,
+    load_imagenet_weights,
+)
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
-from lt_core.train import Machine, apply, fit, load_checkpoint, this_machine
+from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
 Say = Callable[[str], None]
@@ -81,12 +88,17 @@ def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = Non
     return load_cache(ensure(profile, backbone, seed, data_root))
 
 
+def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
+    """All the profile's seeds of a backbone if `seed` is one of them, else `seed` alone."""
+    seeds = load_profile(profile).backbone(backbone).seeds
+    return seeds if seed in seeds else [seed]
+
+
 def load_seeds(
     profile: str, backbone: str, seed: int = 0, data_root: str | None = None
 ) -> list[FeatureCache]:
-    """The caches of all the profile's seeds of a backbone if `seed` is one of them, else of `seed` alone."""
-    seeds = load_profile(profile).backbone(backbone).seeds
-    return [load(profile, backbone, s, data_root) for s in (seeds if seed in seeds else [seed])]
+    """The caches of `seeds_shown`. Only the first is sure to hold training and validation features."""
+    return [load(profile, backbone, s, data_root) for s in seeds_shown(profile, backbone, seed)]
 
 
 # ---------------------------------------------------------------- training one
@@ -165,14 +177,15 @@ def write_cache(
     """
     cache = extract(job)
     accuracies = {"last": _accuracies(cache)}
-    _refuse_chance(accuracies["last"], len(job.kept))
+    _refuse_chance(accuracies["last"]["val"]["classifier"]["many"], len(job.kept))
     if best is not None:
         saved = load_checkpoint(best)
         job.model.load_state_dict(saved["model"])
         accuracies["best_on_validation"] = _accuracies(extract(job))
         more["epoch_of_best"] = saved["epoch"]
     meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
-    save_cache(folder, replace(cache, meta=meta))
+    stored = {split: cache.splits[split] for split in job.backbone.splits_of(job.seed)}
+    save_cache(folder, replace(cache, meta=meta, splits=stored))
 
 
 def _start(
@@ -200,9 +213,13 @@ def pretrain(profile: Profile, name: str, seed: int, data_root: str | None = Non
         say(f"{profile.name}/{name} seed {seed}: pre-training on {data.name}; {run.name}")
         torch.manual_seed(seed)
         network = build_backbone(chosen.network)
-        model = Model(network, build_classifier("cosine", network.num_features, data.num_classes))
+        if chosen.objective == "simclr":
+            head = ContrastiveHead(network.num_features)
+        else:
+            head = build_classifier("cosine", network.num_features, data.num_classes)
         loss = build_loss("cross_entropy", data.counts)
-        fit(model, data, recipe, "uniform", loss, seed, run, say=say)
+        history = fit(Model(network, head), data, recipe, "uniform", loss, seed, run, say=say)
+        _refuse_chance(history[-1]["val_accuracy"], data.num_classes)
         with paths.atomic(weights) as temporary:
             torch.save({"backbone": network.state_dict()}, temporary)
     return weights
@@ -212,7 +229,7 @@ def _run_folder(profile: Profile, name: str, what: object, seed: int, data: Data
     """runs/<dataset>/<name>/seed<N>-<fingerprint>: another recipe, start or list is another run."""
     start = getattr(what, "start", "scratch")
     description = [
-        what.model_dump(exclude={"seeds", "feature_dims"}),
+        what.model_dump(exclude={"seeds", "feature_dims", "stored_splits"}),
         profile.recipes[what.recipe].model_dump(),
         profile.pretraining[start].model_dump() if start in profile.pretraining else start,
         {
@@ -256,11 +273,11 @@ def _as_features(
 
     With `dims`, the features are projected to the principal directions of the training features first.
     """
-    model = Model(network, nn.Identity()).to(machine.device, memory_format=torch.channels_last)
+    network.to(machine.device, memory_format=torch.channels_last)
     features = {}
     for name, split in data.splits.items():
         say(f"extracting {len(split)} {name} features")
-        features[name], _ = apply(model, split.images, input_size, machine)
+        features[name] = extract_features(network, split.images, input_size, machine)
     if dims:
         directions = principal_directions(features["train"], dims)
         features = {name: values @ directions for name, values in features.items()}
@@ -271,7 +288,10 @@ def _as_features(
 def extract(job: Job) -> FeatureCache:
     """Features of all splits without augmentation, classifier (NaN rows for classes left out), prototypes."""
     splits = {
-        name: (apply(job.model, split.images, job.recipe.input_size, job.machine)[0], split.labels)
+        name: (
+            extract_features(job.model.backbone, split.images, job.recipe.input_size, job.machine),
+            split.labels,
+        )
         for name, split in job.data.splits.items()
     }
     classifier, dims = job.model.classifier, job.backbone.feature_dims
@@ -311,13 +331,12 @@ def _accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float | No
     return result
 
 
-def _refuse_chance(accuracies: dict, num_classes: int) -> None:
-    """Raises TrainingError when nothing was learned (many-shot validation accuracy within twice chance)."""
-    many = accuracies["val"]["classifier"]["many"]
-    if many <= 200 / num_classes:
+def _refuse_chance(accuracy: float, num_classes: int) -> None:
+    """Raises TrainingError when nothing was learned (validation accuracy in percent within twice chance)."""
+    if accuracy <= 200 / num_classes:
         raise TrainingError(
-            f"validation accuracy {many:.2f} % on many-shot classes is chance among {num_classes}: nothing "
-            "was learned, so no cache is written; check the learning rate and the images"
+            f"validation accuracy {accuracy:.2f} % (of many-shot classes, where there are groups) is "
+            f"chance among {num_classes}: nothing was learned, so nothing is kept; check the learning rate"
         )
 
 
@@ -334,7 +353,7 @@ def _provenance(job: Job) -> dict[str, object]:
         "profile": job.profile.name,
         "dataset": job.data.name,
         "backbone": job.name,
-        **job.backbone.model_dump(exclude={"role", "recipe", "seeds"}),
+        **job.backbone.model_dump(exclude={"role", "recipe", "seeds", "stored_splits"}),
         "recipe": job.recipe.model_dump(),
         "checkpoint": "last",
         "seed": job.seed,

@@ -312,13 +312,13 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
     return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
 
 
-def _tiny_imagenet(root: Path, name: str, names: list[str]) -> Listing:
+def _tiny_imagenet(root: Path, name: str, names: list[str], size: int = 64) -> Listing:
     source = ImageSource(root, "tiny-imagenet-200")
     wnids, words = tiny_imagenet_classes(source)
     lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
     if "balanced" in lists:
         lists["train"] = lists.pop("balanced")
-    return Listing(name, source, lists, tuple(words), 64, tuple(wnids))
+    return Listing(name, source, lists, tuple(words), size, tuple(wnids))
 
 
 def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
@@ -389,8 +389,8 @@ def _draw_letter(letter: str, fonts: dict, generator: np.random.RandomState) -> 
 FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS),
     "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
-        root, "tiny_imagenet_balanced", ["balanced", "val"]
-    ),
+        root, "tiny_imagenet_balanced", ["balanced", "val"], size=32
+    ),  # pre-training for the 32 px images of CIFAR
     "cifar100_lt": _cifar100_lt,
 }
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}

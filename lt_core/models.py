@@ -42,6 +42,33 @@ class DotProductClassifier(nn.Linear):
     """The usual linear layer w_i . f + b_i (Table 4a)."""
 
 
+class ContrastiveHead(nn.Module):
+    """SimCLR's projection head and similarities (Chen et al., ICML 2020); thrown away after pre-training.
+
+    For features [2B, F] of two views of B images, views of the same image B rows apart: logits [2B, 2B], the
+    cosines between projections over the temperature. Cross-entropy with the `partners` as targets is NT-Xent.
+    """
+
+    def __init__(self, num_features: int, projection: int = 128, temperature: float = 0.5) -> None:
+        super().__init__()
+        self.project = nn.Sequential(
+            nn.Linear(num_features, num_features),
+            nn.ReLU(inplace=True),
+            nn.Linear(num_features, projection),
+        )
+        self.temperature = temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = normalize(self.project(features).float(), dim=1)
+        itself = torch.eye(len(projected), dtype=torch.bool, device=projected.device)
+        return (projected @ projected.T / self.temperature).masked_fill(itself, -torch.inf)
+
+
+def partners(views: int, device: torch.device) -> Tensor:
+    """Row of the other view of the same image, for each of the 2B views [2B]."""
+    return torch.arange(views, device=device).roll(views // 2)
+
+
 CLASSIFIERS: dict[str, type[nn.Module]] = {"cosine": CosineClassifier, "dot_product": DotProductClassifier}
 
 

@@ -235,7 +235,7 @@ def fingerprint(notebook: Notebook, parameters: dict[str, Any], profile: str, se
         "parameters": _digest(parameters),
         "code": _digest(_contents(_code_files())),
         "environment": _digest([_contents([paths.ROOT / "requirements.txt"]), _version("torch")]),
-        "feature caches": _digest([_cache_hash(profile, name, seed) for name in notebook.backbones]),
+        "feature caches": _digest([_cache_hashes(profile, name, seed) for name in notebook.backbones]),
         "tables it reads": _digest(_contents([paths.figures(profile) / name for name in notebook.reads])),
     }
 
@@ -254,15 +254,21 @@ def _contents(files: list[Path]) -> list[list[str]]:
     ]
 
 
-def _cache_hash(profile: str, backbone: str, seed: int) -> str:
-    """The hash that a feature cache states of itself; empty when there is no such cache."""
+def _cache_hashes(profile: str, backbone: str, seed: int) -> list[str]:
+    """The hash that the feature cache of each shown seed states of itself; empty where there is none."""
     from lt_core import backbones
 
     try:
-        folder = backbones.cache_folder(profile, backbone, seed)
-        return str(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sha256"])
+        folders = [
+            backbones.cache_folder(profile, backbone, one)
+            for one in backbones.seeds_shown(profile, backbone, seed)
+        ]
+        return [
+            str(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sha256"])
+            for folder in folders
+        ]
     except (LTError, OSError, ValueError, KeyError, TypeError):
-        return ""
+        return []
 
 
 def _version(package: str) -> str:

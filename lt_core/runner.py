@@ -231,7 +231,8 @@ def _ensure_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
     failed = {}
     for name in needed:
         try:
-            backbones.ensure(options.profile, name, options.seed, data_root=options.data_root, progress=print)
+            for seed in backbones.seeds_shown(options.profile, name, options.seed):
+                backbones.ensure(options.profile, name, seed, data_root=options.data_root, progress=print)
         except LTError as error:
             failed[name] = f"backbone {name}: {error}"
         except Exception as error:  # its notebooks fail with it, the others run

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
 from lt_core.errors import CacheError, TrainingError
-from lt_core.models import Model
+from lt_core.models import ContrastiveHead, Model, partners
 from lt_core.profiles import Recipe
 from lt_core.samplers import epoch_batches
 
@@ -120,23 +121,27 @@ def step_generator(*key: int) -> torch.Generator:
 
 
 @torch.inference_mode()
-def apply(model: Model, images: Tensor, input_size: int, machine: Machine) -> tuple[Tensor, Tensor]:
-    """Features [M, F] and logits [M, N] (float32, on the CPU) of images without augmentation."""
+def extract_features(backbone: nn.Module, images: Tensor, input_size: int, machine: Machine) -> Tensor:
+    """Features [M, F] (float32, on the CPU) of images without augmentation."""
     batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
-    model.eval()
-    features, logits = [], []
+    backbone.eval()
+    features = []
     for chunk in images.split(batch):
         with machine.autocast():
-            outputs = model(resize(to_pixels(chunk.to(machine.device)), input_size))
-        features.append(outputs[0].float().cpu())
-        logits.append(outputs[1].float().cpu())
-    return torch.cat(features), torch.cat(logits)
+            features.append(backbone(resize(to_pixels(chunk.to(machine.device)), input_size)).float().cpu())
+    return torch.cat(features)
 
 
+@torch.inference_mode()
 def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> float:
-    """Top-1 accuracy of the classifier in percent."""
-    _, logits = apply(model, split.images, input_size, machine)
-    return 100 * (logits.argmax(1) == split.labels).double().mean().item()
+    """Top-1 accuracy in percent: of the classifier, or without one (SimCLR) of each image's nearest other."""
+    features = extract_features(model.backbone, split.images, input_size, machine).to(machine.device)
+    if isinstance(model.classifier, ContrastiveHead):
+        cosines = normalize(features, dim=1) @ normalize(features, dim=1).T
+        predictions = split.labels[cosines.fill_diagonal_(-1).argmax(1).cpu()]
+    else:
+        predictions = model.classifier(features).argmax(1).cpu()
+    return 100 * (predictions == split.labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -176,11 +181,15 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train `model` in place; returns the history, one entry an epoch (loss, accuracies in percent).
 
+    With a `ContrastiveHead` in place of the classifier, a step sees two views of each image and the target of
+    a view is its partner (SimCLR); negatives come from this process's share of the batch.
     Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
     Raises TrainingError when the loss is not finite.
     """
     machine = machine or this_machine()
     chief = machine.rank == 0
+    contrastive = isinstance(model.classifier, ContrastiveHead)
+    views = 2 if contrastive else 1
     train, val = data.splits["train"], data.splits["val"]
     images, labels = train.images.to(machine.device), train.labels.to(machine.device)
     model.to(machine.device, memory_format=torch.channels_last)
@@ -228,9 +237,9 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
             generator = step_generator(seed, epoch, step, machine.rank)
-            indices = batches[step]
+            indices = batches[step].repeat(views)
             pixels = resize(augment(images, indices, recipe.augmentation, generator), recipe.input_size)
-            target = labels[indices]
+            target = partners(len(indices), machine.device) if contrastive else labels[indices]
             with machine.autocast():
                 _, logits = network(pixels)
             value = loss(logits.float(), target)
@@ -248,7 +257,7 @@ def fit(
         entry = {
             "epoch": epoch + 1,
             "loss": running_loss.item() / steps,
-            "train_accuracy": 100 * right.item() / (batches.numel()),
+            "train_accuracy": 100 * right.item() / (batches.numel() * views),
             "val_accuracy": accuracy(model, val, recipe.input_size, machine),
         }
         if not math.isfinite(entry["loss"]):

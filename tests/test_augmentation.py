@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from lt_core.augmentation import augment, colour_jitter, crop_and_flip, random_resized_crop, resize, to_pixels
+from lt_core.augmentation import (
+    augment,
+    colour_jitter,
+    crop_and_flip,
+    random_resized_crop,
+    resize,
+    to_pixels,
+    turn_hue,
+)
 from lt_core.profiles import Augmentation
 
 IMAGES = torch.randint(0, 256, (10, 16, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -43,7 +51,7 @@ def test_no_augmentation_gives_the_images_themselves():
     [
         Augmentation(crop_padding=3, flip=True),
         Augmentation(random_resized_crop=0.3, flip=True),
-        Augmentation(crop_padding=2, colour_jitter=0.4),
+        Augmentation(crop_padding=2, colour_jitter=0.4, hue=0.1, jitter_share=0.8, grey=0.2),
     ],
 )
 def test_augmentation_is_a_function_of_the_generator(how):
@@ -70,10 +78,31 @@ def test_smaller_crops_show_less_of_a_gradient():
 
 def test_colour_jitter_keeps_grey_grey_and_stays_in_range():
     grey = torch.full((50, 3, 4, 4), 100.0)
-    jittered = colour_jitter(grey, 0.4, generator())
+    jittered = colour_jitter(grey, Augmentation(colour_jitter=0.4, hue=0.5), generator())
     assert torch.allclose(jittered[:, 0], jittered[:, 1]) and torch.allclose(jittered[:, 1], jittered[:, 2])
     means = jittered.mean((1, 2, 3))
     assert means.min() >= 59.9 and means.max() <= 140.1 and means.std() > 10
+
+
+def test_colour_jitter_leaves_the_other_share_alone_and_makes_some_grey():
+    coloured = torch.rand(2000, 3, 4, 4, generator=generator()) * 100 + 60
+    how = Augmentation(colour_jitter=0.1, hue=0.1, jitter_share=0.5, grey=0.2)
+    jittered = colour_jitter(coloured, how, generator())
+    same = (jittered - coloured).abs().amax((1, 2, 3)) < 1e-3
+    without_colour = (jittered.amax(1) - jittered.amin(1)).amax((1, 2)) < 1e-2
+    assert same.float().mean().item() == pytest.approx(0.5 * 0.8, abs=0.04)
+    assert without_colour.float().mean().item() == pytest.approx(0.2, abs=0.04)
+
+
+def test_turning_the_hue():
+    colours = torch.tensor([[160.0, 100, 90], [90, 150, 120]]).view(2, 3, 1, 1)
+    turned = turn_hue(colours, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(turned, colours, atol=0.1, rtol=0)  # no turn and a whole one
+    half = turn_hue(colours, torch.tensor([0.5, 0.5]))
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    torch.testing.assert_close((half * luma).sum(1), (colours * luma).sum(1), atol=0.1, rtol=0)
+    mean = (colours * luma).sum(1, keepdim=True)
+    torch.testing.assert_close(half - mean, mean - colours, atol=0.5, rtol=0)  # the opposite colour
 
 
 def test_resize_and_pass_through():

@@ -149,7 +149,7 @@ def test_refusals():
 def test_a_model_at_chance_is_refused(tmp_path):
     job = backbones.prepare(load_profile("digits"), "sqrt", 0, say=quiet)
     torch.nn.init.ones_(job.model.classifier.weight)  # all classes look alike: always class 0
-    with pytest.raises(TrainingError, match="nothing was learned, so no cache is written"):
+    with pytest.raises(TrainingError, match="nothing was learned, so nothing is kept"):
         backbones.write_cache(job, tmp_path / "cache")
     assert not (tmp_path / "cache" / META).exists()
 

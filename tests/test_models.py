@@ -6,11 +6,13 @@ import torch
 from lt_core.errors import InputError
 from lt_core.models import (
     BACKBONES,
+    ContrastiveHead,
     CosineClassifier,
     Model,
     build_backbone,
     build_classifier,
     load_imagenet_weights,
+    partners,
 )
 
 PUBLISHED = {  # parameters without the 1000-class head, features
@@ -54,6 +56,24 @@ def test_cosine_classifier_ignores_norms_and_starts_at_16():
     with torch.no_grad():
         classifier.weight.mul_(torch.rand(5, 1) + 0.5)
     torch.testing.assert_close(classifier(features * torch.tensor([[0.1], [3.0], [100.0]])), logits)
+
+
+def test_contrastive_head_with_cross_entropy_is_nt_xent():
+    """Against the loss written out pair by pair (Chen et al., ICML 2020, Eq. 1)."""
+    torch.manual_seed(0)
+    head, images = ContrastiveHead(6, projection=4, temperature=0.3), 3
+    features = torch.randn(2 * images, 6)
+    logits, target = head(features), partners(2 * images, features.device)
+    assert target.tolist() == [3, 4, 5, 0, 1, 2]
+    found = torch.nn.functional.cross_entropy(logits, target)
+
+    projected = head.project(features)
+    terms = []
+    for i in range(2 * images):
+        similar = [(torch.cosine_similarity(projected[i], other, dim=0) / 0.3).exp() for other in projected]
+        others = sum(value for j, value in enumerate(similar) if j != i)
+        terms.append(-(similar[(i + images) % (2 * images)] / others).log())
+    torch.testing.assert_close(found, torch.stack(terms).mean())
 
 
 def test_cosine_classifier_by_hand():

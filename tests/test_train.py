@@ -5,17 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lt_core import paths, train
-from lt_core.datasets import load_dataset
+from lt_core.datasets import Dataset, Split, load_dataset
 from lt_core.errors import CacheError, TrainingError
 from lt_core.features import load_cache
 from lt_core.losses import build_loss
-from lt_core.models import Model, build_backbone, build_classifier
+from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
 from lt_core.profiles import Augmentation, Recipe
 from lt_core.train import fit, load_checkpoint, lr_at, step_generator
 
@@ -75,6 +76,26 @@ def test_it_learns_and_keeps_a_history(tmp_path):
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["epoch"] == max(history, key=lambda e: e["val_accuracy"])["epoch"]
     assert model.classifier.scale.item() != 16  # the scale is learned
+
+
+def test_simclr_learns_without_labels(tmp_path):
+    """Partners are found, the nearest other image is of the same class, and training labels play no part."""
+    recipe = RECIPE.model_copy(update={"epochs": 6, "batch_size": 32})
+    data = load_dataset("digits")
+    part = data.splits["train"]
+    unlabelled = data.splits | {"train": Split(part.images, torch.arange(len(part)) % 10)}
+
+    def simclr(folder: Path, data: Dataset) -> tuple[Model, list]:
+        torch.manual_seed(0)
+        folder.mkdir()
+        model = Model(build_backbone("digits_net"), ContrastiveHead(64))
+        loss = build_loss("cross_entropy", data.counts)
+        return model, fit(model, data, recipe, "uniform", loss, 0, folder, say=lambda line: None)
+
+    model, history = simclr(tmp_path / "one", data)
+    assert history[-1]["loss"] < history[0]["loss"] and history[-1]["train_accuracy"] > 40
+    assert history[-1]["val_accuracy"] > 70
+    assert_same(model, simclr(tmp_path / "two", replace(data, splits=unlabelled))[0])
 
 
 def test_same_seed_same_weights(tmp_path):

@@ -19,6 +19,7 @@ from lt_core.errors import ProfileError, unknown
 
 FOLDER = Path(__file__).resolve().parent
 Role = Literal["imagenet_lt", "places_lt"]
+Split = Literal["train", "val", "test"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -33,6 +34,9 @@ class Augmentation(_Typed):
     crop_padding: Annotated[int, Field(ge=0)] = 0  # pixels of reflected border before a random crop
     flip: bool = False  # left-right with probability 0.5
     colour_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0  # brightness, contrast, saturation: 1 +- this
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # largest turn of the colour circle, fraction
+    jitter_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # images whose colours are changed, fraction
+    grey: Annotated[float, Field(ge=0, le=1)] = 0.0  # images made grey, fraction
 
 
 class Recipe(_Typed):
@@ -60,6 +64,7 @@ class Pretraining(_Typed):
     dataset: str
     network: str
     recipe: str
+    objective: Literal["supervised", "simclr"] = "supervised"
 
 
 class Backbone(_Typed):
@@ -75,6 +80,11 @@ class Backbone(_Typed):
     leave_out: Literal["nothing", "few"] = "nothing"  # classes with n <= 20 not trained on (Table 2)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     feature_dims: Annotated[int, Field(ge=0)] = 0  # principal directions kept in the cache; 0: all
+    stored_splits: Annotated[list[Split], Field(min_length=1)] = ["train", "val", "test"]  # of the first seed
+
+    def splits_of(self, seed: int) -> list[Split]:
+        """Splits whose features the cache of a seed holds: the profile's further seeds keep test alone."""
+        return ["test"] if seed in self.seeds[1:] else self.stored_splits
 
 
 class Profile(_Typed):
