@@ -1,4 +1,4 @@
-"""Training speed and memory as ratios from one run: the committed loop against the bare step and a peer's loop.
+"""Training speed and memory as ratios from one run: the committed loop, the bare step and a peer's loop.
 
     python benchmarks/training.py [--steps 20] [--repeats 5]
 

