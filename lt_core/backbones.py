@@ -27,7 +27,7 @@ from lt_core.errors import CacheError, DataError, InputError, TrainingError
 from lt_core.features import META, FeatureCache, load_cache, principal_directions, read_meta, save_cache
 from lt_core.groups import group_of
 from lt_core.losses import build_loss
-from lt_core.methods import predict
+from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
 from lt_core.models import (
     START_SCALE,
@@ -295,13 +295,13 @@ def extract(job: Job) -> FeatureCache:
         for name, split in job.data.splits.items()
     }
     classifier, dims = job.model.classifier, job.backbone.feature_dims
-    learned = classifier.weight.detach().float().cpu()
-    if dims and dims < learned.shape[1]:
+    rows = classifier.weight.detach().float().cpu()
+    if dims and dims < rows.shape[1]:
         directions = principal_directions(splits["train"][0], dims)
         splits = {name: (features @ directions, labels) for name, (features, labels) in splits.items()}
-        learned = learned @ directions
-    weights = torch.full((job.data.num_classes, learned.shape[1]), torch.nan)
-    weights[job.kept] = learned
+        rows = rows @ directions
+    weights = torch.full((job.data.num_classes, rows.shape[1]), torch.nan)
+    weights[job.kept] = rows
     cosine = job.backbone.classifier == "cosine"
     return FeatureCache(
         weights=weights,
@@ -320,10 +320,9 @@ def _accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float | No
     None for a group without classes, and for few-shot and total where few-shot classes were not trained on.
     """
     result: dict[str, dict[str, dict[str, float | None]]] = {}
-    learned = "cosine" if cache.bias is None else "dot_product"
     for split in ("val", "test"):
         result[split] = {}
-        for name, method in (("classifier", learned), ("prototypes", "prototypes")):
+        for name, method in (("classifier", learned(cache)), ("prototypes", "prototypes")):
             groups = group_accuracy(predict(cache, method, split), cache.labels(split), cache.counts)
             if name == "classifier" and not cache.trained.all():
                 groups |= {"few": math.nan, "total": math.nan}

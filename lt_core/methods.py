@@ -108,6 +108,11 @@ METHODS: dict[str, Scores] = {
 }
 
 
+def learned(cache: Any) -> str:
+    """The method that uses the classifier as it was trained: `cosine` or `dot_product`."""
+    return "cosine" if cache.bias is None else "dot_product"
+
+
 def classifiers(cache: Any, method: str) -> list[torch.Tensor]:
     """The classifiers [N, F] that a method averages (Eq. 8), each for Eq. 1-2 with the scale of the cache."""
     if method not in CLASSIFIERS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from torch.nn.functional import normalize
 
 from lt_core.errors import InputError, as_tensor, check_counts, check_labels, check_matrix
 from lt_core.groups import GROUPS, group_of
@@ -68,6 +69,19 @@ def within_group_accuracy(
     best = within_group_predictions(scores, labels, counts, rule)
     accuracy = group_accuracy(best, labels, counts, rule)
     return {group: accuracy[group] for group in GROUPS}
+
+
+def mismatches(prototypes: object, weights: object) -> int:
+    """Classes whose prototype is nearer to another class's weight than to its own (Table 8); both [N, F]."""
+    cosines = cosine_matrix(prototypes, weights)
+    return int((cosines.argmax(axis=1) != np.arange(len(cosines))).sum())
+
+
+def cosine_matrix(queries: object, keys: object) -> np.ndarray:
+    """Cosine similarities [N, N] between rows of two [N, F]; raises InputError for other shapes or NaN."""
+    queries = check_matrix("queries", queries).double()
+    keys = check_matrix("keys", keys, rows=len(queries), columns=queries.shape[1]).double()
+    return (normalize(queries, dim=1) @ normalize(keys, dim=1).T).cpu().numpy()
 
 
 def bootstrap_accuracies(

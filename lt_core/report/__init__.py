@@ -10,12 +10,34 @@ from lt_core.report.figures import (
     save_figure,
     style_of,
 )
+from lt_core.report.prototype_figures import (
+    IMAGES,
+    SOURCES,
+    prototype_accuracy,
+    prototype_panels,
+    sharpness,
+    similarity_curves,
+    similarity_panels,
+)
 from lt_core.report.published import published, published_notes, published_rows, published_rule
 from lt_core.report.rendering import TableView, to_summary, typeset
-from lt_core.report.rows import TABLE1, TABLE2, method_rows, provenance, quoted_rows
+from lt_core.report.rows import (
+    TABLE1,
+    TABLE2,
+    TABLE6,
+    TABLE7,
+    TABLE9,
+    backbone_rows,
+    method_rows,
+    own_rows,
+    provenance,
+    quoted_rows,
+    within_group_rows,
+)
 from lt_core.report.tables import (
     Row,
     build_table,
+    count_table,
     effect_in_words,
     load_table,
     per_class_table,
@@ -24,23 +46,33 @@ from lt_core.report.tables import (
 )
 
 __all__ = [
+    "IMAGES",
     "METHODS",
+    "SOURCES",
     "STYLES",
     "TABLE1",
     "TABLE2",
+    "TABLE6",
+    "TABLE7",
+    "TABLE9",
     "Row",
     "TableView",
     "accuracy_by_class_size",
+    "backbone_rows",
     "build_table",
     "classifiers",
+    "count_table",
     "crossings",
     "effect_in_words",
     "figure2_data",
     "figure_style",
     "load_table",
     "method_rows",
+    "own_rows",
     "per_class_table",
     "predict",
+    "prototype_accuracy",
+    "prototype_panels",
     "probabilities",
     "provenance",
     "published",
@@ -50,8 +82,12 @@ __all__ = [
     "quoted_rows",
     "save_figure",
     "save_table",
+    "sharpness",
     "show_table",
+    "similarity_panels",
+    "similarity_curves",
     "style_of",
     "to_summary",
     "typeset",
+    "within_group_rows",
 ]

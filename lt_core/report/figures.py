@@ -30,7 +30,8 @@ from lt_core.errors import InputError, check_counts, unknown
 
 # Okabe and Ito's palette, readable with any kind of colour blindness.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE, GREY = "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#767676"
+BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#767676"
+OCHRE = "#A6761D"  # for Okabe and Ito's yellow, too pale for a line on white
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ STYLES: dict[str, Style] = {
     "class_aware": Style("Class-aware sampling", GREY, "^", ":", ".."),
     # initialisations
     "supervised": Style("Supervised initialisation", BLUE, "o", "-", ""),
-    "simclr": Style("SimCLR initialisation", YELLOW, "s", "--", "//"),
+    "simclr": Style("SimCLR initialisation", OCHRE, "s", "--", "//"),
+    "supervised_sqrt": Style("Supervised, square root", BLUE, "o", "-", ""),
+    "supervised_uniform": Style("Supervised, uniform", BLUE, "o", "--", "//"),
+    "simclr_sqrt": Style("SimCLR, square root", OCHRE, "s", "-", ""),
+    "simclr_uniform": Style("SimCLR, uniform", OCHRE, "s", "--", "//"),
     # print and here
     "published": Style("Published", GREY, "D", ":", ""),
     "reproduced": Style("Reproduced", BLACK, "o", "-", ""),

@@ -66,10 +66,11 @@ def markdown_document(frame: pd.DataFrame) -> str:
 def to_markdown(frame: pd.DataFrame, rule: str) -> str:
     """One line a row; each cell `published → reproduced [interval]` and, below, the effect likewise."""
     notes = _Footnotes()
-    lines = ["| | " + " | ".join(GROUPS) + " |", "| --- |" + " --- |" * len(GROUPS)]
+    columns = _columns(frame)
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for name, cells in _lines(frame, rule):
         label = _escaped(name) + notes.marks(cells, "<sup>({})</sup>") + _origin(frame, rule, cells)
-        cell = [_markdown_cell(cells[group]) if group in cells else "" for group in GROUPS]
+        cell = [_markdown_cell(cells[group]) if group in cells else "" for group in columns]
         lines.append("| " + " | ".join([label, *cell]) + " |")
     footnotes = [f"({number}) {note}" for number, note in notes.numbered()]
     return "\n\n".join(["\n".join(lines), " ".join(_caption(frame, rule)), *footnotes])
@@ -77,29 +78,30 @@ def to_markdown(frame: pd.DataFrame, rule: str) -> str:
 
 def to_summary(frame: pd.DataFrame, rule: str = "paper") -> str:
     """The reproduced rows alone, `published → reproduced` without intervals: the table of the README."""
-    lines = ["| | " + " | ".join(GROUPS) + " |", "| --- |" + " --- |" * len(GROUPS)]
+    columns = _columns(frame)
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for name, cells in _lines(frame[frame["reproduced"].notna()], rule):
-        values = [_pair(cells[group], ACCURACY, _plain, "{}") if group in cells else "" for group in GROUPS]
+        values = [_pair(cells[group], ACCURACY, _plain, "{}") if group in cells else "" for group in columns]
         lines.append("| " + " | ".join([_escaped(name.rpartition(" / ")[2]), *values]) + " |")
     return "\n".join(lines)
 
 
 def to_html(frame: pd.DataFrame, rule: str) -> str:
     """A table that scrolls sideways in its own box; signs are marked by a symbol and by colour."""
-    notes = _Footnotes()
+    notes, groups = _Footnotes(), _columns(frame)
     body, above = [], ("", "")
     for name, cells in _lines(frame, rule):
         block, _, label = name.rpartition(" / ")
         run = _origin(frame, rule, cells)
         if block and (block, run) != above:
             body.append(
-                f'<tr><th class="block" colspan="{1 + len(GROUPS)}">{_html_name(block)}{run}</th></tr>'
+                f'<tr><th class="block" colspan="{1 + len(groups)}">{_html_name(block)}{run}</th></tr>'
             )
         above = (block, run)
         mark = notes.marks(cells, "<sup>({})</sup>")
         head = f'<th scope="row">{_html_name(label)}{mark}{"" if block else run}</th>'
-        body.append(f"<tr>{head}" + "".join(_html_cell(cells.get(group)) for group in GROUPS) + "</tr>")
-    columns = "".join(f'<th scope="col">{group}</th>' for group in GROUPS)
+        body.append(f"<tr>{head}" + "".join(_html_cell(cells.get(group)) for group in groups) + "</tr>")
+    columns = "".join(f'<th scope="col">{group}</th>' for group in groups)
     table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     lines = [*_caption(frame, rule), *(f"({number}) {note}" for number, note in notes.numbered())]
     caption = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
@@ -133,6 +135,11 @@ def _notes(cells: dict[str, pd.Series]) -> list[str]:
     ]
 
 
+def _columns(frame: pd.DataFrame) -> list[str]:
+    """The groups that a table has: those of accuracies, or the `count` of Table 8."""
+    return [group for group in (*GROUPS, "count") if (frame["group"] == group).any()]
+
+
 def _lines(frame: pd.DataFrame, rule: str) -> list[tuple[str, dict[str, pd.Series]]]:
     """(row name, {group: line of the frame}) in the order of the table.
 
@@ -149,6 +156,9 @@ def _lines(frame: pd.DataFrame, rule: str) -> list[tuple[str, dict[str, pd.Serie
 
 def _caption(frame: pd.DataFrame, rule: str) -> list[str]:
     here = frame[(frame["rule"] == rule) & frame["reproduced"].notna()]
+    runs = [f"{run}." for run in dict.fromkeys(_run(line) for _, line in here.iterrows())]
+    if _columns(frame) == ["count"]:
+        return [f"Number of classes, printed {ARROW} reproduced (here of {here['n'].max()}).", *runs]
     text = [
         f"Top-1 accuracy in percent, printed {ARROW} reproduced with its 95 % interval; effect, "
         "below it, the difference to the reference row (the one without effects) in percentage points.",
@@ -162,7 +172,7 @@ def _caption(frame: pd.DataFrame, rule: str) -> list[str]:
         *text,
         f"Split {', '.join(dict.fromkeys(here['split']))}, n images: {images}.",
         f"Grouping rule {rule}: {DESCRIPTIONS[rule]} training images.",
-        *(f"{run}." for run in dict.fromkeys(_run(line) for _, line in here.iterrows())),
+        *runs,
     ]
 
 
@@ -213,6 +223,8 @@ def typeset(name: str) -> str:
 def _pair(line: pd.Series, columns: tuple[str, ...], number: Callable[[float], str], form: str) -> str:
     """`printed → reproduced`, the latter in a form of value, low, high and half width; empty without both."""
     printed, value, low, high = (line[column] for column in columns)
+    if line["group"] == "count":
+        number, form = _count, "{}"
     here = form.format(number(value), number(low), number(high), half=_plain((high - low) / 2))
     before, after = (number(printed) or "–"), ("–" if math.isnan(value) else here)
     return "" if before == after == "–" else f"{before} {ARROW} {after}"
@@ -235,6 +247,10 @@ def in_words(line: pd.Series) -> str:
     here = f"here {value} [{low}, {high}]" if value else "no value here"
     sign = _sign(line)
     return f"{before}{here} points" + (f" ({SIGNS[sign][1]})" if sign else "")
+
+
+def _count(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:g}"
 
 
 def _plain(value: float) -> str:

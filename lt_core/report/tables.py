@@ -13,7 +13,7 @@ are resampled within each class, and training seeds where there are several; eff
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from lt_core import paths
 from lt_core.errors import DataError, InputError, check_counts, check_labels, unknown
+from lt_core.features import FeatureCache
 from lt_core.groups import RULES, group_of
 from lt_core.metrics import COLUMNS as GROUPS
 from lt_core.metrics import bootstrap_accuracies, group_accuracy, interval, per_class_accuracy
@@ -37,6 +38,7 @@ COLUMNS = (
 PER_CLASS_COLUMNS = (
     *("table", "row", "backbone", "seed", "class", "class_name", "count", "split", "n", "accuracy"),
 )
+Count = Callable[[FeatureCache], int]
 QUOTED = "published under the common grouping rule, so only the total is compared"
 NAN = float("nan")
 
@@ -136,6 +138,22 @@ def build_table(
                 records.append(
                     [table, row.name, group, *values, rule, *_origin(row, group, images, split, rule)]
                 )
+    return _rounded(pd.DataFrame(records, columns=list(COLUMNS)))
+
+
+def count_table(table: str, counted: Mapping[str, Sequence[FeatureCache]], count: Count) -> pd.DataFrame:
+    """A table of counts of classes (Table 8), with the columns of `COLUMNS` and the one group `count`.
+
+    counted: row in print -> the backbone's seeds; count: gives the number for one cache. Mean over seeds, no
+    interval.
+    """
+    records = []
+    for row, caches in counted.items():
+        numbers, meta = [count(cache) for cache in caches], caches[0].meta
+        seeds = " ".join(str(cache.meta["seed"]) for cache in caches)
+        values = [published(table, row)["count"], float(np.mean(numbers)), *[NAN] * 6]
+        origin = ["paper", "train", len(caches[0].counts), "last", meta["backbone"], seeds, ""]
+        records.append([table, row, "count", *values, *origin])
     return _rounded(pd.DataFrame(records, columns=list(COLUMNS)))
 
 
