@@ -22,6 +22,7 @@ from lt_core import paths
 from lt_core.errors import InputError, LTError, ProfileError, unknown
 
 CODE_SUFFIXES = {".py", ".toml", ".csv", ".json", ".txt", ".html", ".j2", ".css", ".mplstyle"}
+REPORT = "LT_REPORT"  # environment variable: set while a report is made, which has no live widgets
 RESERVED = ("profile", "seed")  # parameters with an option of their own
 
 

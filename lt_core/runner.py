@@ -440,6 +440,7 @@ def _environment(options: Options, jobs: int, scratch: Path) -> dict[str, str]:
         "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel `python3` of this environment, not of the home folder
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        nbs.REPORT: "1",
     }
     if options.data_root is not None:
         own["LT_DATA_ROOT"] = str(paths.data_root(options.data_root))

@@ -1,16 +1,23 @@
 """Backbones end to end on digits: train, cache, resume, extract, and every refusal."""
 
-import json
 import shutil
 
 import pytest
 import torch
 
 from lt_core import backbones, paths
-from lt_core.backbones import cache_folder, ensure, extract_command, load, load_seeds, train_command
+from lt_core.backbones import (
+    cache_folder,
+    ensure,
+    extract_command,
+    load,
+    load_seeds,
+    seeds_shown,
+    train_command,
+)
 from lt_core.errors import CacheError, DataError, InputError, ProfileError, TrainingError
 from lt_core.features import META, load_cache
-from lt_core.methods import predict
+from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
 from lt_core.profiles import load_profile
 from lt_core.transfer import prototypes
@@ -85,6 +92,8 @@ def test_frozen_backbone_starts_from_the_pretraining(digits):
 
 def test_seeds_of_the_profile(digits):
     assert [cache.meta["seed"] for cache in load_seeds("digits", "sqrt", 0)] == [0]
+    assert seeds_shown("embedded", "imagenet_frozen", 0) == EMBEDDED.backbone("imagenet_frozen").seeds
+    assert seeds_shown("embedded", "imagenet_frozen", 9) == [9]
 
 
 def test_a_second_call_trains_nothing(digits, monkeypatch):
@@ -156,18 +165,58 @@ def test_a_model_at_chance_is_refused(tmp_path):
     assert not (tmp_path / "cache" / META).exists()
 
 
-@pytest.mark.parametrize("backbone", ["sqrt", "continual", "imagenet_frozen"])
-def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone):
-    folder = paths.SHIPPED_CACHES / load_profile("embedded").dataset_of(backbone) / backbone / "seed0"
-    cache = load_cache(folder)
-    assert {"train", "val", "test"} == set(cache.splits)
+EMBEDDED = load_profile("embedded")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "seed"), [(name, seed) for name, one in EMBEDDED.backbones.items() for seed in one.seeds]
+)
+def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
+    declared = EMBEDDED.backbone(backbone)
+    cache = load_cache(paths.SHIPPED_CACHES / EMBEDDED.dataset_of(backbone) / backbone / f"seed{seed}")
+    meta = cache.meta
+    assert set(cache.splits) == set(declared.splits_of(seed))
     assert len(cache.labels("test")) == 10_000
-    assert "unknown" not in cache.meta["code_version"] and "changes" not in cache.meta["code_version"]
-    counts = torch.bincount(cache.labels("train"), minlength=len(cache.counts))
-    assert torch.equal(counts, cache.counts)
-    shipped = sum(p.stat().st_size for p in paths.SHIPPED_CACHES.rglob("*.safetensors"))
-    assert shipped < 120e6
-    assert (
-        json.loads((folder / META).read_text())["recipe"]
-        == load_profile("small").recipes[load_profile("small").backbone(backbone).recipe].model_dump()
+    assert "unknown" not in meta["code_version"] and "changes" not in meta["code_version"]
+    if "train" in cache.splits:
+        counts = torch.bincount(cache.labels("train"), minlength=len(cache.counts))
+        assert torch.equal(counts, cache.counts)
+    assert meta["recipe"] == EMBEDDED.recipes[declared.recipe].model_dump()
+    assert (meta["backbone"], meta["seed"], meta["sampler"], meta["loss"], meta["start"]) == (
+        *(backbone, seed, declared.sampler, declared.loss, declared.start),
     )
+    found = group_accuracy(predict(cache, learned(cache)), cache.labels("test"), cache.counts)
+    stated = meta["accuracies"]["last"]["test"]["classifier"]
+    assert found["many"] == pytest.approx(stated["many"], abs=0.5)  # int8 against float32
+
+
+def test_embedded_caches_are_small_and_all_belong_to_the_profile():
+    files = list(paths.SHIPPED_CACHES.rglob("*.safetensors"))
+    shipped = [file for file in files if file.relative_to(paths.SHIPPED_CACHES).parts[0] != "digits"]
+    assert sum(file.stat().st_size for file in shipped) < 120e6
+    places = {file.parent.relative_to(paths.SHIPPED_CACHES).as_posix() for file in shipped}
+    assert places == {
+        f"{EMBEDDED.dataset_of(name)}/{name}/seed{seed}"
+        for name, one in EMBEDDED.backbones.items()
+        for seed in one.seeds
+    }
+
+
+def test_further_seeds_of_a_profile_keep_test_features_alone(tmp_path, monkeypatch):
+    digits = load_profile("digits")
+    several = digits.backbone("sqrt").model_copy(update={"seeds": [0, 1]})
+    profile = digits.model_copy(update={"backbones": digits.backbones | {"sqrt": several}})
+    for seed, stored in ((0, ["train", "val", "test"]), (1, ["test"]), (7, ["train", "val", "test"])):
+        assert several.splits_of(seed) == stored
+    job = backbones.prepare(profile, "sqrt", 1, say=quiet)
+    monkeypatch.setattr(backbones, "_refuse_chance", lambda *a: None)  # it is not trained
+    backbones.write_cache(job, tmp_path / "cache")
+    cache = load_cache(tmp_path / "cache")
+    assert set(cache.splits) == {"test"} and cache.prototypes.shape == (10, 64)
+
+
+def test_pretraining_at_chance_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "fit", lambda *a, **k: [{"val_accuracy": 5.0}])
+    with pytest.raises(TrainingError, match="validation accuracy 5.00 % .* is chance among 26"):
+        backbones.pretrain(load_profile("digits"), "simclr", 0, say=quiet)
+    assert not list(tmp_path.rglob("backbone.pt"))
