@@ -89,22 +89,25 @@ def to_summary(frame: pd.DataFrame, rule: str = "paper") -> str:
 def to_html(frame: pd.DataFrame, rule: str) -> str:
     """A table that scrolls sideways in its own box; signs are marked by a symbol and by colour."""
     notes, groups = _Footnotes(), _columns(frame)
-    body, above = [], ("", "")
-    for name, cells in _lines(frame, rule):
-        block, _, label = name.rpartition(" / ")
-        run = _origin(frame, rule, cells)
-        if block and (block, run) != above:
-            body.append(
-                f'<tr><th class="block" colspan="{1 + len(groups)}">{_html_name(block)}{run}</th></tr>'
-            )
-        above = (block, run)
+    lines = [
+        (*name.rpartition(" / ")[::2], _origin(frame, rule, cells), cells)
+        for name, cells in _lines(frame, rule)
+    ]
+    body, above = [], ""
+    for block, label, run, cells in lines:
+        runs = {other for name, _, other, _ in lines if name == block and other}
+        shared = bool(block) and len(runs) == 1  # by all rows of the block: said once, in its heading
+        if block and block != above:
+            heading = _html_name(block) + (runs.pop() if shared else "")
+            body.append(f'<tr><th class="block" colspan="{1 + len(groups)}">{heading}</th></tr>')
+        above = block
         mark = notes.marks(cells, "<sup>({})</sup>")
-        head = f'<th scope="row">{_html_name(label)}{mark}{"" if block else run}</th>'
+        head = f'<th scope="row">{_html_name(label)}{mark}{"" if shared else run}</th>'
         body.append(f"<tr>{head}" + "".join(_html_cell(cells.get(group)) for group in groups) + "</tr>")
     columns = "".join(f'<th scope="col">{group}</th>' for group in groups)
     table = f"<table><thead><tr><th></th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    lines = [*_caption(frame, rule), *(f"({number}) {note}" for number, note in notes.numbered())]
-    caption = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
+    below = [*_caption(frame, rule), *(f"({number}) {note}" for number, note in notes.numbered())]
+    caption = "".join(f"<div>{html.escape(line)}</div>" for line in below)
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
     return f'{STYLE}<figure class="lt-table">{box}<figcaption>{caption}</figcaption></figure>'
 
@@ -136,8 +139,9 @@ def _notes(cells: dict[str, pd.Series]) -> list[str]:
 
 
 def _columns(frame: pd.DataFrame) -> list[str]:
-    """The groups that a table has: those of accuracies, or the `count` of Table 8."""
-    return [group for group in (*GROUPS, "count") if (frame["group"] == group).any()]
+    """The groups that a table has values for: those of accuracies, or the `count` of Table 8."""
+    filled = frame[frame[["published", "reproduced"]].notna().any(axis=1)]
+    return [group for group in (*GROUPS, "count") if (filled["group"] == group).any()]
 
 
 def _lines(frame: pd.DataFrame, rule: str) -> list[tuple[str, dict[str, pd.Series]]]:
