@@ -20,6 +20,7 @@ from lt_core.features import META, load_cache
 from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
 from lt_core.profiles import load_profile
+from lt_core.report import training_summary
 from lt_core.transfer import prototypes
 
 
@@ -99,6 +100,17 @@ def test_seeds_of_the_profile(digits):
 def test_a_second_call_trains_nothing(digits, monkeypatch):
     monkeypatch.setattr(backbones, "train_backbone", None)
     assert ensure("digits", "sqrt", 0, progress=quiet) == cache_folder("digits", "sqrt", 0)
+
+
+def test_the_training_summary_is_what_the_caches_state(digits):
+    frame = training_summary("digits", ["sqrt", "continual"]).set_index("backbone")
+    meta = load("digits", "sqrt").meta
+    stated = meta["accuracies"]["last"]["test"]
+    assert frame.loc["sqrt", "test_few"] == stated["classifier"]["few"]
+    assert frame.loc["sqrt", "prototypes_total"] == stated["prototypes"]["total"]
+    assert frame.loc["sqrt", "val"] == round(meta["history"][-1]["val_accuracy"], 2)
+    assert frame["test_total"].isna().to_dict() == {"sqrt": False, "continual": True}
+    assert 0.05 < frame.loc["sqrt", "megabytes"] < 0.2 and frame.loc["sqrt", "minutes"] > 0
 
 
 def test_extract_gives_the_same_cache(digits, tmp_path):

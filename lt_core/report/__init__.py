@@ -54,6 +54,7 @@ from lt_core.report.tables import (
     save_table,
     show_table,
 )
+from lt_core.report.training import training_summary
 
 __all__ = [
     "IMAGES",
@@ -106,6 +107,7 @@ __all__ = [
     "temperature_and_k",
     "temperature_and_k_heatmaps",
     "to_summary",
+    "training_summary",
     "typeset",
     "within_group_rows",
 ]
