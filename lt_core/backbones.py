@@ -27,7 +27,7 @@ from lt_core.errors import CacheError, DataError, InputError, TrainingError
 from lt_core.features import META, FeatureCache, load_cache, principal_directions, read_meta, save_cache
 from lt_core.groups import group_of
 from lt_core.losses import build_loss
-from lt_core.methods import predict
+from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
 from lt_core.models import (
     START_SCALE,
@@ -38,6 +38,7 @@ from lt_core.models import (
     load_imagenet_weights,
 )
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
+from lt_core.rsg import RSG
 from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
@@ -141,7 +142,9 @@ def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None
         data = _as_features(network, data, recipe.input_size, backbone.feature_dims, machine, say)
         num_features, network = data.splits["train"].images.shape[1], nn.Identity()
     kept = _trained_classes(backbone, data)
-    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)))
+    counts = data.counts[kept]
+    generator = RSG(network.last_stage_channels, counts) if backbone.loss == "rsg" else None
+    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)), generator)
     return Job(profile, name, seed, data, kept, model, machine, code_version())
 
 
@@ -295,18 +298,22 @@ def extract(job: Job) -> FeatureCache:
         for name, split in job.data.splits.items()
     }
     classifier, dims = job.model.classifier, job.backbone.feature_dims
-    learned = classifier.weight.detach().float().cpu()
-    if dims and dims < learned.shape[1]:
+    rows = classifier.weight.detach().float().cpu()
+    if dims and dims < rows.shape[1]:
         directions = principal_directions(splits["train"][0], dims)
         splits = {name: (features @ directions, labels) for name, (features, labels) in splits.items()}
-        learned = learned @ directions
-    weights = torch.full((job.data.num_classes, learned.shape[1]), torch.nan)
-    weights[job.kept] = learned
-    cosine = job.backbone.classifier == "cosine"
+        rows = rows @ directions
+    weights = torch.full((job.data.num_classes, rows.shape[1]), torch.nan)
+    weights[job.kept] = rows
+    own = {
+        name: getattr(classifier, name).detach().float().cpu()
+        for name in ("bias", "direction")
+        if hasattr(classifier, name)
+    }
     return FeatureCache(
         weights=weights,
-        scale=classifier.scale.item() if cosine else START_SCALE,
-        bias=None if cosine else classifier.bias.detach().float().cpu(),
+        scale=classifier.scale.item() if hasattr(classifier, "scale") else START_SCALE,
+        **own,
         counts=job.data.counts,
         prototypes=prototypes(*splits["train"], job.data.num_classes),
         splits=splits,
@@ -320,10 +327,9 @@ def _accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float | No
     None for a group without classes, and for few-shot and total where few-shot classes were not trained on.
     """
     result: dict[str, dict[str, dict[str, float | None]]] = {}
-    learned = "cosine" if cache.bias is None else "dot_product"
     for split in ("val", "test"):
         result[split] = {}
-        for name, method in (("classifier", learned), ("prototypes", "prototypes")):
+        for name, method in (("classifier", learned(cache)), ("prototypes", "prototypes")):
             groups = group_accuracy(predict(cache, method, split), cache.labels(split), cache.counts)
             if name == "classifier" and not cache.trained.all():
                 groups |= {"few": math.nan, "total": math.nan}
