@@ -56,7 +56,8 @@ class RSG(nn.Module):
         made = SimpleNamespace()
 
         def generate(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            maps, made.target, made.loss = self(inputs[0], target)
+            with torch.autocast(target.device.type, enabled=False):  # sums of thousands of squares
+                maps, made.target, made.loss = self(inputs[0], target)
             return (maps,)
 
         handle = stage.register_forward_pre_hook(generate)
@@ -83,7 +84,7 @@ class RSG(nn.Module):
             return maps, target, loss
         nearest = self.centres.detach()[target, gamma.argmax(1)][:, :, None, None]
         deviation = fixed[head] - nearest[head]
-        moved = self.transform(deviation).float()
+        moved = self.transform(deviation)
         loss = loss + VECTOR_WEIGHT * self._vector_loss(
             fixed[head], deviation, moved, fixed[tail] - nearest[tail]
         )
@@ -109,7 +110,7 @@ class RSG(nn.Module):
         half = len(maps) // 2
         one, two = slice(0, half), slice(half, 2 * half)
         same = torch.where(target[one] == target[two], SAME, DIFFERENT)
-        return cross_entropy(self.pairs(torch.cat([maps[one], maps[two]], 1)).float(), same)
+        return cross_entropy(self.pairs(torch.cat([maps[one], maps[two]], 1)), same)
 
     def _vector_loss(self, head: Tensor, deviation: Tensor, moved: Tensor, tail_deviation: Tensor) -> Tensor:
         """L_mv: a moved deviation keeps its length, points where the tail's does and leaves the head class.
@@ -118,7 +119,7 @@ class RSG(nn.Module):
         moving the channels last and so mixes positions.
         """
         frozen = {name: weight.detach() for name, weight in self.pairs.named_parameters()}
-        judged = functional_call(self.pairs, frozen, (torch.cat([head, moved], 1),)).float()
+        judged = functional_call(self.pairs, frozen, (torch.cat([head, moved], 1),))
         different = torch.full((len(head),), DIFFERENT, device=head.device)
         lengths = torch.linalg.vector_norm(moved, dim=1) - torch.linalg.vector_norm(deviation, dim=1)
         turned = 1 - cosine_similarity(tail_deviation, moved, dim=1)

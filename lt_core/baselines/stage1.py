@@ -36,12 +36,9 @@ class Stage1:
 
     def __post_init__(self) -> None:
         weights = check_matrix("weights", self.weights).float()
-        (num_classes, num_features), counts = weights.shape, check_counts("counts", self.counts)
-        checked = {
-            "weights": weights,
-            "counts": check_counts("counts", counts, num_classes),
-            "scale": check_positive("scale", self.scale),
-        }
+        num_classes, num_features = weights.shape
+        counts = check_counts("counts", self.counts, num_classes)
+        checked = {"weights": weights, "counts": counts, "scale": check_positive("scale", self.scale)}
         for name, length in (("bias", num_classes), ("direction", num_features)):
             if getattr(self, name) is not None:
                 row = as_tensor(name, getattr(self, name))[None]
