@@ -107,7 +107,7 @@ def bare_steps(model: Model, data: Dataset, recipe: Recipe, machine: Machine) ->
         model.train()
         for _ in range(len(split) // batch):
             with machine.autocast():
-                _, logits = model(resident)
+                logits, _, _ = model(resident, target)
             nn.functional.cross_entropy(logits.float(), target).backward()
             optimiser.step()
             optimiser.zero_grad()
@@ -141,7 +141,7 @@ def peer_epoch(folder: Path, model: Model, recipe: Recipe, machine: Machine) -> 
         right = 0
         for pixels, target in loader:
             pixels, target = pixels.to(machine.device), target.to(machine.device)
-            _, logits = model(pixels)
+            logits, _, _ = model(pixels, target)
             loss = nn.functional.cross_entropy(logits, target)
             optimiser.zero_grad()
             loss.backward()

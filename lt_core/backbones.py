@@ -38,6 +38,7 @@ from lt_core.models import (
     load_imagenet_weights,
 )
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
+from lt_core.rsg import RSG
 from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
@@ -141,7 +142,9 @@ def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None
         data = _as_features(network, data, recipe.input_size, backbone.feature_dims, machine, say)
         num_features, network = data.splits["train"].images.shape[1], nn.Identity()
     kept = _trained_classes(backbone, data)
-    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)))
+    counts = data.counts[kept]
+    generator = RSG(network.last_stage_channels, counts) if backbone.loss == "rsg" else None
+    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)), generator)
     return Job(profile, name, seed, data, kept, model, machine, code_version())
 
 
@@ -302,11 +305,15 @@ def extract(job: Job) -> FeatureCache:
         rows = rows @ directions
     weights = torch.full((job.data.num_classes, rows.shape[1]), torch.nan)
     weights[job.kept] = rows
-    cosine = job.backbone.classifier == "cosine"
+    own = {
+        name: getattr(classifier, name).detach().float().cpu()
+        for name in ("bias", "direction")
+        if hasattr(classifier, name)
+    }
     return FeatureCache(
         weights=weights,
-        scale=classifier.scale.item() if cosine else START_SCALE,
-        bias=None if cosine else classifier.bias.detach().float().cpu(),
+        scale=classifier.scale.item() if hasattr(classifier, "scale") else START_SCALE,
+        **own,
         counts=job.data.counts,
         prototypes=prototypes(*splits["train"], job.data.num_classes),
         splits=splits,

@@ -33,7 +33,8 @@ class FeatureCache:
     """A trained backbone as the transfer step sees it: features, classifier, prototypes, training counts.
 
     weights [N, F]: rows of classes that were left out of training are NaN (`continual`). bias [N] only for a
-    dot-product classifier. `splits` maps train / val / test (those stored) to (features [M, F], labels [M]).
+    dot-product classifier, direction [F] only for a causal norm one. `splits` maps train / val / test (those
+    stored) to (features [M, F], labels [M]).
     """
 
     weights: Tensor
@@ -43,6 +44,7 @@ class FeatureCache:
     splits: dict[str, tuple[Tensor, Tensor]]
     meta: dict[str, Any] = field(repr=False)
     bias: Tensor | None = None
+    direction: Tensor | None = None
 
     def features(self, split: str) -> Tensor:
         """Features [M, F] of `train`, `val` or `test`; raises CacheError when they were not stored."""
@@ -106,6 +108,8 @@ def save_cache(folder: Path, cache: FeatureCache) -> None:
     }
     if cache.bias is not None:
         tensors["bias"] = cache.bias.float()
+    if cache.direction is not None:
+        tensors["direction"] = cache.direction.float()
     for split, (features, labels) in cache.splits.items():
         values, step = quantise(features)
         tensors |= {f"{split}.features": values, f"{split}.step": step, f"{split}.labels": labels.short()}
@@ -162,6 +166,7 @@ def load_cache(folder: str | Path) -> FeatureCache:
             counts=tensors["counts"],
             prototypes=tensors["prototypes"],
             bias=tensors.get("bias"),
+            direction=tensors.get("direction"),
             splits=splits,
             meta=meta,
         )
@@ -188,6 +193,8 @@ def check_cache(cache: FeatureCache) -> None:
     check_matrix("weights", cache.weights[~missing.any(1)], columns=num_features)
     if cache.bias is not None and (cache.bias.shape != (num_classes,) or not cache.bias.isfinite().all()):
         raise InputError("bias must be [N] and finite")
+    if cache.direction is not None:
+        check_matrix("direction", cache.direction[None], columns=num_features)
     if len(cache.meta.get("class_names", [])) != num_classes:
         raise InputError(f"meta must name {num_classes} classes")
     if not cache.splits:

@@ -4,7 +4,8 @@
 
 Every method takes a cache and features [M, F] and gives class probabilities [M, N]. A cache is a
 `lt_core.features.FeatureCache` or anything with its `weights`, `scale`, `bias`, `counts`, `prototypes` and
-`features(split)`. All but `cosine` and `dot_product` are built from rows [N, F] that `classifiers` returns.
+`features(split)`; `causal_norm` reads its `direction` too. All but the classifiers that a backbone was
+trained with (`cosine`, `dot_product`, `causal_norm`) are built from rows [N, F] that `classifiers` returns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lt_core.causal_norm import causal_norm_logits
 from lt_core.errors import InputError, as_tensor, check_matrix, unknown
 from lt_core.transfer import (
     continual_classifier,
@@ -101,15 +103,27 @@ def _dot_product(cache: Any, features: object) -> torch.Tensor:
     return (logits if cache.bias is None else logits + as_tensor("bias", cache.bias)).softmax(dim=1)
 
 
+def _causal_norm(cache: Any, features: object) -> torch.Tensor:
+    """TDE (Tang et al., NeurIPS 2020). Raises InputError for a backbone trained with another classifier."""
+    if cache.direction is None:
+        raise InputError("causal_norm needs a backbone that was trained with it: this cache has no direction")
+    weights = check_matrix("weights", cache.weights)
+    features = check_matrix("features", features, columns=weights.shape[1]).to(weights)
+    return causal_norm_logits(features, weights, cache.direction.to(weights)).softmax(dim=1)
+
+
 METHODS: dict[str, Scores] = {
     "cosine": _cosine,
     "dot_product": _dot_product,
+    "causal_norm": _causal_norm,
     **{name: partial(_built, build=build) for name, build in CLASSIFIERS.items()},
 }
 
 
 def learned(cache: Any) -> str:
-    """The method that uses the classifier as it was trained: `cosine` or `dot_product`."""
+    """Name of the method that a backbone's own classifier is."""
+    if cache.direction is not None:
+        return "causal_norm"
     return "cosine" if cache.bias is None else "dot_product"
 
 

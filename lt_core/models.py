@@ -3,7 +3,8 @@
 Every network takes pixels 0..255 as float [B, C, H, W] and normalises them itself.
 
     model = Model(build_backbone("small_resnet"), CosineClassifier(256, num_classes=200))
-    features, logits = model(pixels)
+    features = model.backbone(pixels)
+    logits = model.classifier(features)
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from lt_core.causal_norm import CausalNormClassifier
 from lt_core.errors import DataError, InputError, unknown
+from lt_core.rsg import RSG
 
 START_SCALE = 16.0  # "learnable scale parameter initialised at 16" (Sec. 4.1)
+FIXED_SCALE = 30.0  # s of LDAM (Cao et al., NeurIPS 2019)
 
 
 # ---------------------------------------------------------------- classifiers
@@ -36,6 +40,15 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * linear(normalize(features, dim=1), normalize(self.weight, dim=1))
+
+
+class FixedScaleCosineClassifier(CosineClassifier):
+    """Logits 30 cos(f, w_i): LDAM's margins (Cao et al., NeurIPS 2019) presume a scale that stays."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__(num_features, num_classes)
+        del self.scale
+        self.register_buffer("scale", torch.tensor(FIXED_SCALE))
 
 
 class DotProductClassifier(nn.Linear):
@@ -69,20 +82,35 @@ def partners(views: int, device: torch.device) -> Tensor:
     return torch.arange(views, device=device).roll(views // 2)
 
 
-CLASSIFIERS: dict[str, type[nn.Module]] = {"cosine": CosineClassifier, "dot_product": DotProductClassifier}
+CLASSIFIERS: dict[str, type[nn.Module]] = {
+    "cosine": CosineClassifier,
+    "cosine_fixed": FixedScaleCosineClassifier,
+    "dot_product": DotProductClassifier,
+    "causal_norm": CausalNormClassifier,
+}
 
 
 class Model(nn.Module):
-    """A backbone and a classifier; `forward` gives features [B, F] (after pooling) and logits [B, N]."""
+    """A backbone (features [B, F] after pooling), a classifier (logits [B, N]) and RSG where it is used."""
 
-    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, classifier: nn.Module, generator: RSG | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.classifier = classifier
+        self.generator = generator
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone(inputs)
-        return features, self.classifier(features)
+    def begin_epoch(self, progress: float) -> None:
+        """Told before every epoch of training which share of the epochs is done."""
+        if self.generator is not None:
+            self.generator.begin_epoch(progress)
+
+    def forward(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """A training step: logits [B', N], targets [B'] and a loss to add; without RSG, B' = B."""
+        if self.generator is None:
+            return self.classifier(self.backbone(inputs)), target, 0.0
+        with self.generator.before(self.backbone.last_stage, target) as made:
+            features = self.backbone(inputs)
+        return self.classifier(features), made.target, made.loss
 
 
 # ---------------------------------------------------------------- backbones
@@ -91,15 +119,28 @@ class Model(nn.Module):
 class Normalised(nn.Module):
     """(pixel - mean) / std per channel, then the network."""
 
-    def __init__(self, network: nn.Module, num_features: int, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, network: nn.Module, num_features: int, last_stage: str, mean: list[float], std: list[float]
+    ) -> None:
         super().__init__()
         self.network = network
         self.num_features = num_features
+        self._last_stage = last_stage
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network((pixels - self.mean) / self.std)
+
+    @property
+    def last_stage(self) -> nn.Module:
+        """Where the resolution is halved for the last time."""
+        return self.network.get_submodule(self._last_stage)
+
+    @property
+    def last_stage_channels(self) -> int:
+        """Channels of the maps that the last stage receives."""
+        return next(m for m in self.last_stage.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -143,15 +184,15 @@ class SmallResNet(nn.Sequential):
 
 
 def _small_resnet() -> nn.Module:
-    return Normalised(SmallResNet(), 256, [127.5] * 3, [64.0] * 3)
+    return Normalised(SmallResNet(), 256, "6", [127.5] * 3, [64.0] * 3)
 
 
 def _small_resnet_32() -> nn.Module:
-    return Normalised(SmallResNet(stem_stride=1), 256, [127.5] * 3, [64.0] * 3)
+    return Normalised(SmallResNet(stem_stride=1), 256, "6", [127.5] * 3, [64.0] * 3)
 
 
 def _digits_net() -> nn.Module:
-    return Normalised(SmallResNet(widths=(16, 32, 64), stem_stride=1, channels=1), 64, [78.0], [96.0])
+    return Normalised(SmallResNet(widths=(16, 32, 64), stem_stride=1, channels=1), 64, "5", [78.0], [96.0])
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -160,14 +201,14 @@ def _torchvision(name: str) -> nn.Module:
     network = torchvision.models.get_model(name, weights=None)
     num_features = network.fc.in_features
     network.fc = nn.Identity()
-    return Normalised(network, num_features, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    return Normalised(network, num_features, "layer4", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 
 def _efficientnet_lite(name: str) -> nn.Module:
     import timm
 
     network = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
-    return Normalised(network, network.num_features, [127.0] * 3, [128.0] * 3)
+    return Normalised(network, network.num_features, "blocks.5", [127.0] * 3, [128.0] * 3)
 
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
@@ -190,7 +231,7 @@ def build_backbone(name: str) -> nn.Module:
 
 
 def build_classifier(name: str, num_features: int, num_classes: int) -> nn.Module:
-    """A fresh `cosine` or `dot_product` classifier; raises InputError for another name."""
+    """A fresh classifier of that name; raises InputError listing the known ones."""
     if name not in CLASSIFIERS:
         raise InputError(unknown("classifier", name, list(CLASSIFIERS)))
     return CLASSIFIERS[name](num_features, num_classes)

@@ -29,6 +29,7 @@ from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
 from lt_core.errors import CacheError, TrainingError
+from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, partners
 from lt_core.profiles import Recipe
 from lt_core.samplers import epoch_batches
@@ -95,8 +96,9 @@ def lr_at(step: int, total: int, warmup: int = 0) -> float:
 
 
 def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with the recipe's two learning rates; a frozen backbone gets no gradient."""
-    groups = [{"params": list(model.classifier.parameters()), "peak": recipe.classifier_learning_rate}]
+    """SGD with two learning rates, the backbone's and that of all else; a frozen one gets no gradient."""
+    rest = [weight for name, weight in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [{"params": rest, "peak": recipe.classifier_learning_rate}]
     model.backbone.requires_grad_(not recipe.frozen)
     if not recipe.frozen:
         groups.append({"params": list(model.backbone.parameters()), "peak": recipe.learning_rate})
@@ -135,6 +137,7 @@ def extract_features(backbone: nn.Module, images: Tensor, input_size: int, machi
 @torch.inference_mode()
 def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> float:
     """Top-1 accuracy in percent: of the classifier, or without one (SimCLR) of each image's nearest other."""
+    model.eval()
     features = extract_features(model.backbone, split.images, input_size, machine).to(machine.device)
     if isinstance(model.classifier, ContrastiveHead):
         cosines = normalize(features, dim=1) @ normalize(features, dim=1).T
@@ -173,7 +176,7 @@ def fit(
     data: Dataset,
     recipe: Recipe,
     sampler: str,
-    loss: nn.Module,
+    loss: Loss,
     seed: int,
     run: Path,
     machine: Machine | None = None,
@@ -233,6 +236,8 @@ def fit(
         model.train()
         if recipe.frozen:
             model.backbone.eval()
+        loss.begin_epoch(epoch / recipe.epochs)
+        model.begin_epoch(epoch / recipe.epochs)
         for step in range(state["step"], steps):
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
@@ -241,13 +246,13 @@ def fit(
             pixels = resize(augment(images, indices, recipe.augmentation, generator), recipe.input_size)
             target = partners(len(indices), machine.device) if contrastive else labels[indices]
             with machine.autocast():
-                _, logits = network(pixels)
-            value = loss(logits.float(), target)
+                logits, target, further = network(pixels, target)
+            value = loss(logits.float(), target) + further
             value.backward()
             optimiser.step()
             optimiser.zero_grad()
             running_loss += value.detach()
-            right += (logits.detach().argmax(1) == target).sum()
+            right += (logits.detach().argmax(1) == target)[: len(indices)].sum()
 
             if time.monotonic() - started > SAVE_EVERY:
                 state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}

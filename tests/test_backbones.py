@@ -74,6 +74,21 @@ def test_the_cached_prototypes_are_those_of_the_training_features(digits):
     assert torch.nn.functional.cosine_similarity(again, cache.prototypes).min() > 0.9999
 
 
+@pytest.mark.parametrize(
+    "backbone", ["lade", "ldam_drw", "rsg", "causal_norm", "places_lade", "places_rsg"]
+)
+def test_compared_systems_train_backbones_of_their_own(digits, backbone):
+    cache = load("digits", backbone)
+    stated = cache.meta["accuracies"]["last"]
+    assert stated["test"]["classifier"]["total"] > 80
+    # What the loop saw is what the cache gives: the classifier as it is at test, on the same features.
+    seen = cache.meta["history"][-1]["val_accuracy"]
+    assert seen == pytest.approx(stated["val"]["classifier"]["total"], abs=1)
+    assert (cache.direction is not None) == (backbone == "causal_norm")
+    assert (cache.bias is not None) == (cache.meta["classifier"] == "dot_product")
+    assert (cache.scale == 30) == (cache.meta["classifier"] == "cosine_fixed")
+
+
 def test_continual_leaves_few_shot_classes_out(digits):
     cache = load("digits", "continual")
     assert torch.equal(cache.trained, cache.counts > 20)

@@ -95,10 +95,11 @@ def test_dot_product_classifier_depends_on_norms():
     assert not torch.allclose(classifier(features), classifier(2 * features))
 
 
-def test_model_gives_features_and_logits():
+def test_a_model_gives_logits_and_leaves_the_target_alone():
     model = Model(build_backbone("digits_net"), build_classifier("cosine", 64, 10))
-    features, logits = model(torch.rand(4, 1, 8, 8) * 255)
-    assert features.shape == (4, 64) and logits.shape == (4, 10)
+    target = torch.tensor([3, 1, 4, 1])
+    logits, same, further = model(torch.rand(4, 1, 8, 8) * 255, target)
+    assert logits.shape == (4, 10) and same is target and further == 0
 
 
 def test_unknown_names_are_refused():

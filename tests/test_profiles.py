@@ -47,6 +47,21 @@ def test_the_default_backbone_is_the_papers():
         ('recipe = "head_only"', 'recipe = "from_scratch"', "recipe 'head_only' is used by no backbone"),
         ('places_lt = "digits"', "", "must name imagenet_lt and places_lt"),
         ("trains = true", "trains = true\n[", "digits.toml"),
+        (
+            'classifier = "causal_norm"',
+            'classifier = "causal_norm"\nfeature_dims = 8',
+            "feature_dims must be 0",
+        ),
+        (
+            'loss = "ldam_drw"\nclassifier = "cosine_fixed"',
+            'loss = "ldam_drw"',
+            "loss 'ldam_drw' takes margins off cosines: classifier must be cosine_fixed",
+        ),
+        (
+            '[backbones.places_rsg]\nrole = "places_lt"\nnetwork = "digits_net"\nrecipe = "fine_tuned"',
+            '[backbones.places_rsg]\nrole = "places_lt"\nnetwork = "digits_net"\nrecipe = "head_only"',
+            "backbone 'places_rsg': rsg trains the last stage, so it cannot be frozen",
+        ),
     ],
 )
 def test_wrong_profiles_are_refused(tmp_path, old, new, message):

@@ -87,6 +87,7 @@ def small_cache(excluded: int = 0, bias: bool = False) -> SimpleNamespace:
         weights=weights,
         scale=14.0,
         bias=torch.linspace(-3, 3, 10) if bias else None,
+        direction=splits["train"][0].mean(0),
         counts=torch.as_tensor(COUNTS),
         prototypes=prototypes(*splits["train"], 10),
         features=lambda split: splits[split][0],
@@ -140,7 +141,7 @@ def test_unknown_published_rows_list_the_known_ones(key, known):
 def test_every_method_of_the_published_tables_exists():
     with open(FILE, encoding="utf-8", newline="") as file:
         own = {r["method"] for r in csv.DictReader(file) if "baseline quoted" not in r["note"]}
-    assert own - {"mismatch_count"} == set(METHODS)
+    assert own - {"mismatch_count"} == set(METHODS) - {"causal_norm"}  # which another paper's backbone learns
 
 
 @pytest.mark.parametrize("method", METHODS)

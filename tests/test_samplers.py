@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from lt_core.errors import InputError
-from lt_core.samplers import SAMPLERS, class_aware, epoch_batches, square_root, uniform
+from lt_core.samplers import SAMPLERS, MetaSampler, class_aware, epoch_batches, square_root, uniform
 
 COUNTS = np.array([400, 150, 60, 21, 9, 5])
 LABELS = np.repeat(np.arange(len(COUNTS)), COUNTS)
@@ -79,6 +79,33 @@ def test_any_long_tail_gives_valid_indices(sampler, counts, length, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
     drawn = SAMPLERS[sampler](labels, length, np.random.default_rng(seed))
     assert drawn.shape == (length,) and drawn.min() >= 0 and drawn.max() < len(labels)
+
+
+@pytest.mark.parametrize(
+    ("power", "q", "rates"),
+    [(0, [0.5, 0.5], [0.9, 0.1]), (0.5, [0.25, 0.75], [0.75, 0.25]), (1, [0.1, 0.9], [0.5, 0.5])],
+)
+def test_meta_sampler_starts_between_images_and_classes(power, q, rates):
+    sampler = MetaSampler(torch.tensor([90, 10]), init_power=power)
+    torch.testing.assert_close(sampler.v.sigmoid(), torch.tensor(q))
+    torch.testing.assert_close(sampler.log_rates.exp(), torch.tensor(rates))
+
+
+def test_meta_sampler_draws_its_rates_with_weights_of_one():
+    sampler = MetaSampler(torch.from_numpy(COUNTS), init_power=0.3)
+    classes, weights = sampler.draw(60_000, torch.Generator().manual_seed(0))
+    rates = sampler.log_rates.detach().exp().double()
+    observed = np.bincount(classes.numpy(), minlength=len(COUNTS))
+    assert chisquare(observed, (rates / rates.sum() * 60_000).numpy()).pvalue > 1e-3
+    assert (weights == 1).all()
+
+
+def test_meta_sampler_learns_to_avoid_what_its_draws_cost():
+    sampler = MetaSampler(torch.tensor([50, 50, 50]), init_power=0.0)
+    classes, weights = sampler.draw(4000, torch.Generator().manual_seed(0))
+    cost = torch.tensor([0.0, 0.0, 1.0])
+    (weights * cost[classes]).mean().backward()  # descending draws the third class less often
+    assert sampler.v.grad[2] > 0 > sampler.v.grad[:2].max()
 
 
 def test_bad_input_is_refused():

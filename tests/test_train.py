@@ -18,6 +18,7 @@ from lt_core.features import load_cache
 from lt_core.losses import build_loss
 from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
 from lt_core.profiles import Augmentation, Recipe
+from lt_core.rsg import RSG
 from lt_core.train import fit, load_checkpoint, lr_at, step_generator
 
 RECIPE = Recipe(
@@ -35,13 +36,17 @@ def fresh(seed: int = 0) -> Model:
 
 
 def run_fit(
-    folder: Path, recipe: Recipe = RECIPE, seed: int = 0, model: Model | None = None
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+    model: Model | None = None,
+    loss: str = "cross_entropy",
 ) -> tuple[Model, list]:
     folder.mkdir(parents=True, exist_ok=True)
     data = load_dataset("digits")
     model = model or fresh(seed)
-    loss = build_loss("cross_entropy", data.counts)
-    return model, fit(model, data, recipe, "square_root", loss, seed, folder, say=lambda line: None)
+    built = build_loss(loss, data.counts)
+    return model, fit(model, data, recipe, "square_root", built, seed, folder, say=lambda line: None)
 
 
 def assert_same(one: Model, two: Model) -> None:
@@ -148,6 +153,36 @@ def test_resume_after_death_at_any_step_is_exact(tmp_path, monkeypatch, step_of_
     assert_same(whole, resumed)
     for one, two in zip(history, resumed_history, strict=True):
         assert one == pytest.approx(two)
+
+
+def test_resume_while_rsg_generates_is_exact(tmp_path, monkeypatch):
+    """RSG and its loss change four fifths into training; the causal norm classifier follows a mean."""
+
+    def run(folder: Path) -> tuple[Model, list]:
+        torch.manual_seed(0)
+        backbone = build_backbone("digits_net")
+        generator = RSG(backbone.last_stage_channels, load_dataset("digits").counts)
+        model = Model(backbone, build_classifier("causal_norm", 64, 10), generator)
+        return run_fit(folder, RECIPE.model_copy(update={"epochs": 5}), model=model, loss="rsg")
+
+    whole, history = run(tmp_path / "whole")
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
+    augment, left = train.augment, [31]  # 7 steps an epoch: in the middle of the last
+
+    def dying(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return augment(*arguments)
+
+    monkeypatch.setattr(train, "augment", dying)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(train, "augment", augment)
+    resumed, resumed_history = run(tmp_path / "killed")
+    assert_same(whole, resumed)
+    assert [entry["loss"] for entry in history] == pytest.approx([entry["loss"] for entry in resumed_history])
+    assert resumed.generator.generating and resumed.classifier.direction.abs().sum() > 0
 
 
 def test_resume_after_sigkill_is_exact(tmp_path):

@@ -3,18 +3,46 @@
 loss = build_loss("balanced_softmax", counts)
 """
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
 
 from lt_core.errors import InputError, check_counts, unknown
 from lt_core.losses.balanced_softmax import BalancedSoftmax
+from lt_core.losses.base import Loss
+from lt_core.losses.class_balanced import ClassBalanced, class_balanced_weights
 from lt_core.losses.cross_entropy import CrossEntropy
+from lt_core.losses.focal import Focal
+from lt_core.losses.lade import LADE
+from lt_core.losses.ldam_drw import LDAMDRW
 
-LOSSES = {"cross_entropy": CrossEntropy, "balanced_softmax": BalancedSoftmax}
+LOSSES: dict[str, Callable[[Tensor], Loss]] = {
+    "cross_entropy": CrossEntropy,
+    "balanced_softmax": BalancedSoftmax,
+    "class_balanced": ClassBalanced,
+    "focal": Focal,
+    "lade": LADE,
+    "lade_places": partial(LADE, strength=0.005, penalty=0.1),  # the authors' values for Places-LT
+    "ldam_drw": LDAMDRW,
+    "rsg": LDAMDRW,  # published as LDAM-DRW-RSG; the model holds the generator (`lt_core.rsg`)
+}
 
-__all__ = ["LOSSES", "BalancedSoftmax", "CrossEntropy", "build_loss"]
+__all__ = [
+    "LADE",
+    "LDAMDRW",
+    "LOSSES",
+    "BalancedSoftmax",
+    "ClassBalanced",
+    "CrossEntropy",
+    "Focal",
+    "Loss",
+    "build_loss",
+    "class_balanced_weights",
+]
 
 
-def build_loss(name: str, counts: Tensor) -> nn.Module:
+def build_loss(name: str, counts: Tensor) -> Loss:
     """The loss of that name for training counts [N]; raises InputError listing the known names."""
     if name not in LOSSES:
         raise InputError(unknown("loss", name, list(LOSSES)))

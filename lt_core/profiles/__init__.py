@@ -76,11 +76,19 @@ class Backbone(_Typed):
     start: str = "scratch"  # "scratch", "imagenet" (packaged weights) or the name of a pretraining
     sampler: str = "square_root"
     loss: str = "cross_entropy"
-    classifier: Literal["cosine", "dot_product"] = "cosine"
+    classifier: Literal["cosine", "cosine_fixed", "dot_product", "causal_norm"] = "cosine"
     leave_out: Literal["nothing", "few"] = "nothing"  # classes with n <= 20 not trained on (Table 2)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     feature_dims: Annotated[int, Field(ge=0)] = 0  # principal directions kept in the cache; 0: all
     stored_splits: Annotated[list[Split], Field(min_length=1)] = ["train", "val", "test"]  # of the first seed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Backbone:
+        if self.loss in ("ldam_drw", "rsg") and self.classifier != "cosine_fixed":
+            raise ValueError(f"loss {self.loss!r} takes margins off cosines: classifier must be cosine_fixed")
+        if self.classifier == "causal_norm" and self.feature_dims:
+            raise ValueError("causal_norm splits the features into heads: feature_dims must be 0")
+        return self
 
     def splits_of(self, seed: int) -> list[Split]:
         """Splits whose features the cache of a seed holds: the profile's further seeds keep test alone."""
@@ -107,6 +115,9 @@ class Profile(_Typed):
         for one in trained:
             if one.recipe not in self.recipes:
                 raise ValueError(unknown("recipe", one.recipe, list(self.recipes)))
+        for name, backbone in self.backbones.items():
+            if backbone.loss == "rsg" and self.recipes[backbone.recipe].frozen:
+                raise ValueError(f"backbone {name!r}: rsg trains the last stage, so it cannot be frozen")
         starts = {backbone.start for backbone in self.backbones.values()}
         for start in starts - {"scratch", "imagenet"} - set(self.pretraining):
             raise ValueError(unknown("start", start, ["scratch", "imagenet", *self.pretraining]))
