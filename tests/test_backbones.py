@@ -74,9 +74,7 @@ def test_the_cached_prototypes_are_those_of_the_training_features(digits):
     assert torch.nn.functional.cosine_similarity(again, cache.prototypes).min() > 0.9999
 
 
-@pytest.mark.parametrize(
-    "backbone", ["lade", "ldam_drw", "rsg", "causal_norm", "places_lade", "places_rsg"]
-)
+@pytest.mark.parametrize("backbone", ["lade", "ldam_drw", "rsg", "causal_norm", "places_lade", "places_rsg"])
 def test_compared_systems_train_backbones_of_their_own(digits, backbone):
     cache = load("digits", backbone)
     stated = cache.meta["accuracies"]["last"]
