@@ -19,13 +19,16 @@ from lt_core.report import (
     TABLE9,
     backbone_rows,
     build_table,
+    compared_rows,
     count_table,
     figure_style,
+    further_rows,
     method_rows,
     own_rows,
     predict,
     prototype_accuracy,
     prototype_panels,
+    published,
     published_rows,
     quoted_rows,
     sharpness,
@@ -180,3 +183,27 @@ def test_similarity_curves_fall_and_sharpness_tells_sharp_from_flat():
         fig = similarity_panels(curves)
     assert [len(ax.lines) for ax in fig.axes] == [2, 2]
     plt.close(fig)
+
+
+def test_systems_that_act_on_frozen_features_are_run_beside_their_published_value():
+    one = cache()
+    rows = compared_rows(one, "T1", "Cosine classifier")
+    run = [row.name for row in rows if len(row.predictions)]
+    assert run == [f"{name} (frozen features)" for name in ("LWS [16]", "BALMS [25]", "Disalign* [34]")]
+    assert [row.published[1] for row in rows] == [row.name for row in quoted_rows("T1", "Cosine classifier")]
+    lws = rows[0]
+    assert "learning rate" in lws.note
+    assert lws.printed("total", "paper") == published("T1", "LWS [16]")["total"]
+    assert (lws.predictions[0] == one.labels("test")).double().mean() > 0.5
+
+
+def test_further_rows_are_what_their_names_say():
+    one = cache()
+    further = further_rows(one, "Cosine classifier", "ResNet101")
+    assert {row.name.partition(" / ")[0] for row in further} == {"ResNet101, not in print"}
+    rows = {row.name.partition(" / ")[2]: row for row in further}
+    assert len(rows) == len(further) == 12
+    logits = cosine_logits(one.features("test"), one.weights, one.scale)
+    adjusted = (logits - 0.5 * COUNTS.double().log()).argmax(1)
+    assert torch.equal(rows["logit adjustment of the cosine classifier, t = 0.5"].predictions[0], adjusted)
+    assert "strength" in rows["logit adjustment of the cosine classifier, t chosen"].note

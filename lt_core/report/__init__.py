@@ -1,6 +1,7 @@
 """Tables beside the published values and figures in one style: what the notebooks use."""
 
 from lt_core.methods import METHODS, classifiers, predict, probabilities
+from lt_core.report.compared import compared_rows, further_rows
 from lt_core.report.figures import (
     STYLES,
     accuracy_by_class_size,
@@ -73,6 +74,7 @@ __all__ = [
     "backbone_rows",
     "build_table",
     "classifiers",
+    "compared_rows",
     "count_table",
     "crossings",
     "effect_in_words",
@@ -81,6 +83,7 @@ __all__ = [
     "explorer",
     "figure2_data",
     "figure_style",
+    "further_rows",
     "group_curves",
     "images_per_prototype",
     "load_table",
