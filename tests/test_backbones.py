@@ -105,7 +105,9 @@ def test_extract_gives_the_same_cache(digits, tmp_path):
 def test_train_all_skips_what_is_done(digits, capsys):
     train_command("digits", "all")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(load_profile("digits").backbones) and all("done already" in line for line in lines)
+    assert len(lines) == len(load_profile("digits").backbones) and all(
+        "done already" in line for line in lines
+    )
 
 
 def test_train_goes_where_it_is_told(trained, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,8 @@
 """Figures 1 and 3, the paper's drawings of its idea, from a trained model: real classes, weights, attention.
 
-c = clearest_class(cache)                                       # a few-shot class, by a stated rule
-save_figure(idea(figure1_data(cache, c)), "F1", ...)            # whom a rare class borrows from
-save_figure(construction(figure3_data(cache, c)), "F3", ...)    # how its classifier is put together
+c = clearest_class(cache)                                  # a few-shot class, by a stated rule
+save_figure(figure1(figure1_data(cache, c)), "F1", ...)    # whom a rare class borrows from
+save_figure(figure3(figure3_data(cache, c)), "F3", ...)    # how its classifier is put together
 save_figure(distributions(distribution_data({"Tiny-ImageNet-LT": cache.counts})), "S_distributions", ...)
 """
 
@@ -96,7 +96,21 @@ def _projected(vectors: torch.Tensor, class_of: list[int]) -> np.ndarray:
     return (directions - means.mean(axis=0)) @ axes.T
 
 
-def idea(data: pd.DataFrame) -> Figure:
+def figure1_in_words(data: pd.DataFrame) -> str:
+    """What Figure 1 shows, as one Markdown paragraph with its numbers."""
+    near = data[data["kind"] == "prototype"]
+    rare, helpers = near.iloc[0], near.iloc[1:]
+    lent = ", ".join(f"{h['class']} (n = {h['n']}) {h['attention']:.1f} %" for _, h in helpers.iterrows())
+    return (
+        f"**Figure 1.** The example is **{rare['class']}**, which has {rare['n']} training images. Of its "
+        f"attention to the classes with more than {K} images it gives {lent}. Chosen by a rule: of all "
+        "few-shot classes the one that gives a single class the largest share, so the clearest case and not "
+        "a typical one. Right: validation images (dots) and learned weights, projected onto the plane in "
+        "which the four classes lie furthest apart; the width of an arrow is the share of attention."
+    )
+
+
+def figure1(data: pd.DataFrame) -> Figure:
     """Figure 1: where the rare class and its helpers stand in the long tail; what it reads from them."""
     fig, (tail, space) = plt.subplots(1, 2, figsize=(9.6, 4.6), width_ratios=(0.8, 1))
     near = data[data["kind"] == "prototype"]
@@ -151,7 +165,7 @@ def _neighbourhood(ax: Axes, data: pd.DataFrame, rare: pd.Series, helpers: pd.Da
         for (m, s, words), edge in zip(kinds, (GREY, BLACK, BLACK, BLACK), strict=True)
     ]
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=9)
-    ax.set_title("A rare class borrows from common classes that look like it", size=10, loc="left")
+    ax.set_title("A rare class borrows from better-known classes like it", size=10, loc="left")
     ax.margins(x=0.26, y=0.18)
     ax.set_aspect("equal", adjustable="datalim")
     ax.axis("off")
@@ -217,7 +231,23 @@ def figure3_data(cache: Any, rare: int, k: int = K, bars: int = BARS) -> pd.Data
     return pd.concat([frame, built], ignore_index=True)
 
 
-def construction(data: pd.DataFrame) -> Figure:
+def figure3_in_words(data: pd.DataFrame) -> str:
+    """What Figure 3 shows, as one Markdown paragraph with its numbers."""
+    parts = data[data["kind"] == "part"].set_index("name")
+    bars = data[data["kind"] == "attention"]
+    shown, rare = bars[bars["group"] != ""], parts.iloc[0]
+    cosines = ", ".join(f"{words} {_signed(parts.loc[name, 'cosine'])}" for name, (_, words) in PARTS.items())
+    return (
+        f"**Figure 3.** Left: the prototype of {rare['class']} is compared with the learned weight of every "
+        f"class that has more than {K} images; the cosines, times τ = 10, go through a softmax. "
+        f"Most goes to {shown.iloc[0]['name']}, {shown.iloc[0]['value']:.1f} %; the {len(shown)} classes shown "
+        f"get {shown['value'].sum():.0f} % together. Right: the mean of those weights, the prototype and the "
+        "class's own weight, each of length 1, are laid tip to tail in the plane that holds their sum. "
+        f"Cosine to the sum: {cosines}."
+    )
+
+
+def figure3(data: pd.DataFrame) -> Figure:
     """Figure 3: left the attention of one class, right the three vectors of Eq. 7, laid tip to tail."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), width_ratios=(1, 1.15))
     parts = data[data["kind"] == "part"].set_index("name")
@@ -284,6 +314,15 @@ def _signed(value: float) -> str:
 
 
 # ---------------------------------------------------------------- the data sets
+
+DATA_NAMES = {"tiny_imagenet_lt": "Tiny-ImageNet-LT", "cifar100_lt": "CIFAR-100-LT"}
+
+
+def stands_for(role: str, cache: Any) -> str:
+    """Title of a data set: the paper's (`ImageNet-LT`, `Places-LT`), or what stands in its place."""
+    dataset = cache.meta["dataset"]
+    name = DATA_NAMES.get(dataset, dataset)
+    return role if dataset == role.lower().replace("-", "_") else f"In place of {role}: {name}"
 
 
 def distribution_data(counts_of: Mapping[str, object]) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from lt_core.errors import InputError, check_counts
 from lt_core.groups import GROUPS, group_of
 from lt_core.metrics import COLUMNS, interval
 from lt_core.report.figures import BLACK, GREY, style_of
+from lt_core.report.rendering import MINUS
 from lt_core.wordnet import LARGEST
 
 NEAREST = 10  # classes that Figure 9 shows of each
@@ -82,7 +83,7 @@ def figure9_data(
     return pd.DataFrame(records, columns=[*columns, "similarity", "random"])
 
 
-def attention_and_meaning(data: pd.DataFrame, columns: int = 2) -> Figure:
+def figure9(data: pd.DataFrame, columns: int = 2) -> Figure:
     """Figure 9: a panel a class of figure9_data, bars of WordNet similarity by falling attention; a key."""
     names = list(dict.fromkeys(data["class"]))
     rows = -(-(len(names) + 1) // columns)
@@ -96,6 +97,22 @@ def attention_and_meaning(data: pd.DataFrame, columns: int = 2) -> Figure:
     for ax in axes.flat[max(0, len(names) - columns) : len(names)]:
         ax.set_xlabel("Leacock-Chodorow similarity in WordNet")
     return fig
+
+
+def figure9_in_words(data: pd.DataFrame) -> list[str]:
+    """Markdown lines: for each class of figure9_data, its nearest classes against all others."""
+    lines = []
+    for name in dict.fromkeys(data["class"]):
+        bars = data[data["class"] == name]
+        first, mean, random = bars.iloc[0], bars["similarity"].mean(), bars["random"].iloc[0]
+        closest = bars.loc[bars["similarity"].idxmax()]
+        best = f"; closest in meaning {closest['neighbour']} ({closest['similarity']:.2f})"
+        lines.append(
+            f"- {name} (n = {first['n']}, {first['own']:.0f} % of its attention goes to itself): mean "
+            f"similarity of the {len(bars)} nearest {mean:.2f}, of all other classes {random:.2f} "
+            f"({signed(mean - random)}){best if bars['similarity'].nunique() > 1 else ''}"
+        )
+    return lines
 
 
 def _neighbour_bars(ax: Axes, data: pd.DataFrame) -> None:
@@ -257,20 +274,30 @@ def semantics_in_words(test: SemanticTest) -> list[str]:
     nearest = int(everything["nearest"])
     text = [
         f"That attention selects classes of similar meaning {verdict} here. Rank correlation "
-        f"{everything['rank_correlation']:.3f} over {int(everything['classes'])} classes; with shuffled "
-        f"classes 95 % lie between {everything['null_low']:.3f} and {everything['null_high']:.3f} "
+        f"{signed(everything['rank_correlation'])} over {int(everything['classes'])} classes; with shuffled "
+        f"classes 95 % lie between {signed(everything['null_low'])} and {signed(everything['null_high'])} "
         f"({p_in_words(everything['p_value'])}). The {nearest} nearest classes have a similarity of "
         f"{everything['similarity_nearest']:.2f}, classes at random {everything['similarity_random']:.2f}: "
-        f"{everything['difference']:+.2f} [{everything['ci_low']:+.2f}, {everything['ci_high']:+.2f}]."
+        f"{with_interval(everything['difference'], everything)}."
     ]
     for group in (g for g in GROUPS if lines.loc[g, "classes"]):
         line = lines.loc[group]
         text.append(
             f"- {style_of(group).label} classes ({int(line['classes'])}): rank correlation "
-            f"{line['rank_correlation']:.3f} ({p_in_words(line['p_value'])}), nearest minus random "
-            f"{line['difference']:+.2f} [{line['ci_low']:+.2f}, {line['ci_high']:+.2f}]"
+            f"{signed(line['rank_correlation'])} ({p_in_words(line['p_value'])}), nearest minus random "
+            f"{with_interval(line['difference'], line)}"
         )
     return text
+
+
+def signed(value: float) -> str:
+    """A difference with its sign: `+0.27`."""
+    return f"{value:+.2f}".replace("-", MINUS)
+
+
+def with_interval(value: float, line: pd.Series) -> str:
+    """A difference with the 95 % interval of its line: `+0.27 [+0.25, +0.29]`."""
+    return f"{signed(value)} [{signed(line['ci_low'])}, {signed(line['ci_high'])}]"
 
 
 def p_in_words(p_value: float) -> str:

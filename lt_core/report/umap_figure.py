@@ -1,8 +1,8 @@
 """Where prototype, learned weight and final classifier of a class lie among its images: Figure 6 (App. E).
 
     examples = example_classes(attention(p, w, counts, k=20), counts)
-    data = umap_data(cache.features("val"), cache.labels("val"), centres_of(cache), examples, cache)
-    image = save_figure(umap_panels(data), "F6", profile, data, alt=...)
+    data = figure6_data(cache.features("val"), cache.labels("val"), centres_of(cache), examples, cache)
+    image = save_figure(figure6(data), "F6", profile, data, alt=...)
     cosines = centre_cosines(cache)           # the claims of App. E, in feature space, for all classes
 
 UMAP is a picture: its distances carry no numbers. The claims are tested on cosines.
@@ -26,7 +26,7 @@ from lt_core.errors import InputError, check_counts
 from lt_core.groups import GROUPS, group_of
 from lt_core.metrics import COLUMNS, interval
 from lt_core.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, style_of
-from lt_core.report.semantics import bootstrap_means, group_names
+from lt_core.report.semantics import bootstrap_means, group_names, with_interval
 from lt_core.transfer import hybrid_classifier
 
 K = 20  # of the transfer and of the final classifier drawn: w^h(20) is the one for few-shot classes
@@ -102,7 +102,7 @@ def centres_of(cache: Any, k: int = K) -> dict[str, torch.Tensor]:
     return dict(zip(CENTRES, rows, strict=True))
 
 
-def umap_data(
+def figure6_data(
     features: torch.Tensor,
     labels: torch.Tensor,
     centres: dict[str, torch.Tensor],
@@ -144,8 +144,8 @@ def _embedding(points: torch.Tensor, seed: int) -> np.ndarray:
     return model.fit_transform(directions)
 
 
-def umap_panels(data: pd.DataFrame, columns: int = 2) -> Figure:
-    """Figure 6: a panel an example of umap_data; dots are images, large markers the centres of a class."""
+def figure6(data: pd.DataFrame, columns: int = 2) -> Figure:
+    """Figure 6: a panel an example of figure6_data; dots are images, large markers the centres of a class."""
     panels = sorted(data["panel"].unique())
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -187,7 +187,19 @@ def _umap_panel(ax: Axes, data: pd.DataFrame) -> None:
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), fontsize=9, handletextpad=0.2)
 
 
-def umap_in_words(data: pd.DataFrame) -> str:
+def figure6_in_words(examples: Sequence[Example], cache: Any) -> str:
+    """Which classes Figure 6 shows, and whether the rule chose them: one Markdown paragraph."""
+    names = cache.class_names
+    shown = "; ".join(f"{names[e.few]} with {names[e.many]} and {names[e.medium]}" for e in examples)
+    if not examples[0].by_rule:
+        return (
+            "**Figure 6.** The rule finds no class here (no few-shot class attends most to one many- and one "
+            f"medium-shot class), so the rarest class is shown with its best-attended pair: {shown}."
+        )
+    return f"**Figure 6.** The rule chooses, in the order of the panels: {shown}."
+
+
+def drawn_distances_in_words(data: pd.DataFrame) -> str:
     """In how many panels the example's final classifier is drawn nearer to its prototype than its weight."""
     centres = data[(data["role"] == "example") & (data["kind"] != "sample")]
     nearer = []
@@ -284,8 +296,7 @@ def centres_in_words(summary: pd.DataFrame) -> list[str]:
             f"the prototype {before['mean']:.2f} before, {after['mean']:.2f} after transfer "
             f"({_with_interval(moved)}). But Eq. 7 adds the prototype itself, so this is nearly true by "
             "construction: the plain sum of prototype and weight, without any transfer, reaches "
-            f"{control['mean']:.2f}; what the transfer adds to that is {beyond['mean']:+.2f} "
-            f"[{beyond['ci_low']:+.2f}, {beyond['ci_high']:+.2f}]."
+            f"{control['mean']:.2f}; the transfer changes that by {with_interval(beyond['mean'], beyond)}."
         )
     if ("many", "final_weight") in lines.index:
         near, far = lines.loc[("many", "final_weight")], lines.loc[("many", "final_prototype")]
@@ -314,7 +325,7 @@ def _verdict(holds: bool) -> str:
 
 
 def _with_interval(line: pd.Series) -> str:
-    return f"difference {line['mean']:+.2f} [{line['ci_low']:+.2f}, {line['ci_high']:+.2f}]"
+    return f"difference {with_interval(line['mean'], line)}"
 
 
 def _directions(rows: torch.Tensor) -> torch.Tensor:
