@@ -239,9 +239,9 @@ def figure3_in_words(data: pd.DataFrame) -> str:
     cosines = ", ".join(f"{words} {_signed(parts.loc[name, 'cosine'])}" for name, (_, words) in PARTS.items())
     return (
         f"**Figure 3.** Left: the prototype of {rare['class']} is compared with the learned weight of every "
-        f"class that has more than {K} images; the cosines, times τ = 10, go through a softmax. "
-        f"Most goes to {shown.iloc[0]['name']}, {shown.iloc[0]['value']:.1f} %; the {len(shown)} classes shown "
-        f"get {shown['value'].sum():.0f} % together. Right: the mean of those weights, the prototype and the "
+        f"class that has more than {K} images; the cosines, times τ = 10, go through a softmax. Most goes to "
+        f"{shown.iloc[0]['name']}, {shown.iloc[0]['value']:.1f} %; the {len(shown)} classes shown get "
+        f"{shown['value'].sum():.0f} % together. Right: the mean of those weights, the prototype and the "
         "class's own weight, each of length 1, are laid tip to tail in the plane that holds their sum. "
         f"Cosine to the sum: {cosines}."
     )

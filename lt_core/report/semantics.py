@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy.stats import rankdata
 
 from lt_core.errors import InputError, check_counts
@@ -94,6 +94,7 @@ def figure9(data: pd.DataFrame, columns: int = 2) -> Figure:
     for ax in axes.flat[len(names) :]:
         ax.axis("off")
     _key(axes.flat[len(names)], data)
+    fig.get_layout_engine().set(wspace=0.06)
     for ax in axes.flat[max(0, len(names) - columns) : len(names)]:
         ax.set_xlabel("Leacock-Chodorow similarity in WordNet")
     return fig
@@ -242,7 +243,8 @@ def semantic_figure(data: pd.DataFrame) -> Figure:
     else:
         text = "not defined: WordNet puts all\nclasses equally far apart"
         left.text(0.5, 0.5, text, transform=left.transAxes, ha="center", va="center")
-    left.xaxis.set_major_locator(MaxNLocator(6))
+    left.xaxis.set_major_locator(MaxNLocator(6) if len(null) else NullLocator())
+    left.yaxis.set_major_locator(MaxNLocator(6) if len(null) else NullLocator())
     left.set_xlabel("Rank correlation of attention and WordNet similarity")
     left.set_ylabel("Permutations")
     names = [group for group in COLUMNS if _classes_of(groups, group)]

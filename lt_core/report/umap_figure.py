@@ -10,6 +10,7 @@ UMAP is a picture: its distances carry no numbers. The claims are tested on cosi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,8 @@ def figure6_data(
 
 def _embedding(points: torch.Tensor, seed: int) -> np.ndarray:
     """UMAP coordinates [M, 2] of points [M, F] under the cosine metric, the same on every run."""
-    from umap import UMAP
+    with warnings.catch_warnings(action="ignore", category=ImportWarning):  # of TensorFlow, not used here
+        from umap import UMAP
 
     directions = torch.nn.functional.normalize(points.float(), dim=1).numpy()
     neighbours = min(15, len(directions) - 1)
