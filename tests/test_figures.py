@@ -158,6 +158,8 @@ def test_attention_that_follows_meaning_is_found_and_other_is_not():
         line["similarity_nearest"] - line["similarity_random"]
     )
     assert "**holds**" in report.semantics_in_words(test)[0]
+    assert line["similarity_best"] == pytest.approx(line["similarity_nearest"])
+    assert "100 % of the possible gain" in report.semantics_in_words(test)[0]
     against = report.semantic_test(-follows, similarity, counts, permutations=199)
     assert against.table.set_index("group").loc["total", "p_value"] == 1
     assert "**does not hold**" in report.semantics_in_words(against)[0]

@@ -153,7 +153,8 @@ class SemanticTest:
     """The answer for all classes and each group: a line a group in `table`, null samples by group in `null`.
 
     table: group, classes, rank_correlation, null_low, null_high, p_value, nearest, similarity_nearest,
-    similarity_random, difference, ci_low, ci_high. NaN where WordNet puts all classes equally far apart.
+    similarity_random, similarity_best (of as many classes closest in WordNet: the most that attention could
+    reach), difference, ci_low, ci_high. NaN where WordNet puts all classes equally far apart.
     null: {group: rank correlations with permuted classes [permutations]}.
     """
 
@@ -190,7 +191,7 @@ def semantic_test(
         permuted[i] = weights @ (ours * theirs[np.ix_(order, order)]).sum(axis=1)
     nearest = nearest_shown(len(counts))
     top = np.take_along_axis(similarity, nearest_classes(shares)[:, :nearest], axis=1).mean(axis=1)
-    random = _mean_of_others(similarity)
+    random, best = _mean_of_others(similarity), _mean_of_closest(similarity, nearest)
     defined = bool(theirs.any())
     records, null = [], {}
     for column, group in enumerate(COLUMNS):
@@ -201,11 +202,20 @@ def semantic_test(
         low, high = interval(bootstrap_means(gain, replicates, seed))
         as_large = (1 + (null[group] >= correlation - 1e-12).sum()) / (1 + permutations)
         p_value = as_large if np.isfinite(correlation) else np.nan
-        means = [values[inside].mean() if inside.any() else np.nan for values in (top, random, top - random)]
+        means = [
+            values[inside].mean() if inside.any() else np.nan for values in (top, random, best, top - random)
+        ]
         line = (group, int(inside.sum()), correlation, *interval(null[group]), p_value, nearest)
         records.append((*line, *means, low, high))
     columns = ["group", "classes", "rank_correlation", "null_low", "null_high", "p_value", "nearest"]
-    columns += ["similarity_nearest", "similarity_random", "difference", "ci_low", "ci_high"]
+    columns += [
+        "similarity_nearest",
+        "similarity_random",
+        "similarity_best",
+        "difference",
+        "ci_low",
+        "ci_high",
+    ]
     return SemanticTest(pd.DataFrame(records, columns=columns), null)
 
 
@@ -221,7 +231,7 @@ def semantic_figure_data(test: SemanticTest, bins: int = 40) -> pd.DataFrame:
         heights, edges = np.histogram(null, bins=bins)
         bars = {"kind": "null", "group": "total", "classes": heights, "null_low": edges[:-1]}
         table = pd.concat([table, pd.DataFrame(bars | {"null_high": edges[1:]})], ignore_index=True)
-    return table[["kind", *test.table.columns]]
+    return table[["kind", *test.table.columns]].astype({"nearest": "Int64"})
 
 
 def semantic_figure(data: pd.DataFrame) -> Figure:
@@ -243,8 +253,8 @@ def semantic_figure(data: pd.DataFrame) -> Figure:
     else:
         text = "not defined: WordNet puts all\nclasses equally far apart"
         left.text(0.5, 0.5, text, transform=left.transAxes, ha="center", va="center")
-    left.xaxis.set_major_locator(MaxNLocator(6) if len(null) else NullLocator())
-    left.yaxis.set_major_locator(MaxNLocator(6) if len(null) else NullLocator())
+    left.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if len(null) else NullLocator())
+    left.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if len(null) else NullLocator())
     left.set_xlabel("Rank correlation of attention and WordNet similarity")
     left.set_ylabel("Permutations")
     names = [group for group in COLUMNS if _classes_of(groups, group)]
@@ -280,7 +290,9 @@ def semantics_in_words(test: SemanticTest) -> list[str]:
         f"classes 95 % lie between {signed(everything['null_low'])} and {signed(everything['null_high'])} "
         f"({p_in_words(everything['p_value'])}). The {nearest} nearest classes have a similarity of "
         f"{everything['similarity_nearest']:.2f}, classes at random {everything['similarity_random']:.2f}: "
-        f"{with_interval(everything['difference'], everything)}."
+        f"{with_interval(everything['difference'], everything)}. The {nearest} closest in WordNet would have "
+        f"{everything['similarity_best']:.2f}: attention makes {_share_of_possible(everything):.0f} % of the "
+        "possible gain."
     ]
     for group in (g for g in GROUPS if lines.loc[g, "classes"]):
         line = lines.loc[group]
@@ -305,6 +317,11 @@ def with_interval(value: float, line: pd.Series) -> str:
 def p_in_words(p_value: float) -> str:
     """A p-value of a permutation test: `p = 0.03`, or `p < 0.001`."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _share_of_possible(line: pd.Series) -> float:
+    """Gain of the nearest classes over random ones, in percent of the largest possible."""
+    return 100 * line["difference"] / (line["similarity_best"] - line["similarity_random"])
 
 
 def _classes_of(groups: pd.DataFrame, group: str) -> int:
@@ -335,6 +352,12 @@ def group_names(counts: np.ndarray) -> list[str]:
 def _mean_of_others(similarity: np.ndarray) -> np.ndarray:
     """Mean similarity of each class to all others [N]."""
     return (similarity.sum(axis=1) - similarity.diagonal()) / (len(similarity) - 1)
+
+
+def _mean_of_closest(similarity: np.ndarray, how_many: int) -> np.ndarray:
+    """Mean similarity of each class to the `how_many` others that are closest to it in WordNet [N]."""
+    others = similarity[~np.eye(len(similarity), dtype=bool)].reshape(len(similarity), -1)
+    return -np.sort(-others, axis=1)[:, :how_many].mean(axis=1)
 
 
 def _standard_ranks(values: np.ndarray) -> np.ndarray:
