@@ -119,13 +119,15 @@ def style_of(name: str) -> Style:
     return STYLES[name]
 
 
-def save_figure(fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: str) -> Image:
+def save_figure(
+    fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: str, decimals: int = 2
+) -> Image:
     """Writes <name>.png (200 dpi), <name>.svg and <name>.csv (the plotted numbers) to figures/<profile>/.
 
     Closes the figure and returns the PNG for display in a notebook.
 
-    Numbers are rounded to 0.01. `alt` says in words what the picture shows: the title of the SVG and the
-    description of the PNG. The same figure gives the same bytes; no file is ever half written.
+    Numbers are rounded to `decimals` places. `alt` says in words what the picture shows: the title of the
+    SVG and the description of the PNG. The same figure gives the same bytes; no file is ever half written.
     """
     if not alt.strip():
         raise InputError("alt must say in words what the figure shows")
@@ -133,7 +135,7 @@ def save_figure(fig: Figure, name: str, profile: str, data: pd.DataFrame, alt: s
     with mpl.rc_context(SETTINGS):
         svg = _rendered(fig, "svg", {"Title": alt, "Date": None, "Creator": None})
         png = _rendered(fig, "png", {"Description": alt, "Software": None})
-    table = data.round(2).to_csv(index=False, lineterminator="\n").encode()
+    table = data.round(decimals).to_csv(index=False, lineterminator="\n").encode()
     for suffix, content in (("png", png), ("svg", svg), ("csv", table)):
         with paths.atomic(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
