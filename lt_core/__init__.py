@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "CompositionalTransferClassifier": "estimator",
+    "EXPECTED_FAILED_CHECKS": "estimator",
     "attention": "transfer",
     "continual_classifier": "transfer",
     "continual_classifiers": "transfer",
