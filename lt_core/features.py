@@ -106,13 +106,20 @@ def save_cache(folder: Path, cache: FeatureCache) -> None:
     }
     if cache.bias is not None:
         tensors["bias"] = cache.bias.float()
+    label_type = torch.int16 if len(cache.counts) <= 2**15 else torch.int32
     for split, (features, labels) in cache.splits.items():
         values, step = quantise(features)
-        tensors |= {f"{split}.features": values, f"{split}.step": step, f"{split}.labels": labels.short()}
+        tensors |= {
+            f"{split}.features": values,
+            f"{split}.step": step,
+            f"{split}.labels": labels.to(label_type),
+        }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META).unlink(missing_ok=True)
     with paths.atomic(folder / TENSORS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        # Copies, for the format takes no two tensors that share memory, as weights and prototypes may.
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        save_file(copies, temporary)
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
     with paths.atomic(folder / META) as temporary:
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
