@@ -1,8 +1,10 @@
 """Compositional knowledge transfer as a scikit-learn classifier, for anybody's features.
 
-model = CompositionalTransferClassifier().fit(features, labels)     # [M, F], [M]
-model.add_classes(few_features, few_labels)                         # new classes, without retraining
-model.predict(test_features)
+    model = CompositionalTransferClassifier().fit(features, labels)  # [M, F], [M]
+    model.add_classes(few_features, few_labels)                      # new classes, without retraining
+    model.predict(test_features)
+
+Works in a Pipeline, GridSearchCV and clone. Bad input raises a ValueError that says what is wrong.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ EXPECTED_FAILED_CHECKS = {
 }
 
 FORMAT_VERSION = 1
+TENSORS = ("prototypes", "weights", "counts", "classifiers")  # what a stored classifier holds beside the JSON
 FLOATS = (np.float64, np.float32)  # other numbers become the first
 BATCH, LEARNING_RATE = 128, 0.1  # of a training step, as where only the classifier of a backbone is trained
 IMAGES = 2**12  # samples predicted at once
@@ -220,7 +223,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             return cls._from(json.loads(metadata["json"]), tensors)
         except FileNotFoundError:
             raise CacheError(f"there is no stored classifier {path}") from None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CacheError(f"{path} does not hold a stored classifier ({error})") from None
 
     @classmethod
@@ -252,9 +255,6 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         if description["feature_names"]:
             model.feature_names_in_ = np.array(description["feature_names"], dtype=object)
         return model
-
-
-TENSORS = ("prototypes", "weights", "counts", "classifiers")  # what a stored classifier holds beside the JSON
 
 
 def _exceeded(ks: Sequence[float], largest: int) -> tuple[float, ...]:

@@ -133,7 +133,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         version = meta["format_version"]
     except FileNotFoundError:
         raise CacheError(f"there is no feature cache in {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(
             f"{path} is not the description of a feature cache ({error!r}): make it again"
         ) from None

@@ -17,6 +17,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from lt_core import EXPECTED_FAILED_CHECKS, CompositionalTransferClassifier
 from lt_core.errors import CacheError, InputError
+from lt_core.estimator import TENSORS, _sha256
 from lt_core.transfer import continual_classifiers, ensemble_probabilities, hybrid_classifiers, prototypes
 
 COUNTS = np.array([120, 60, 25, 8, 4])
@@ -348,8 +349,6 @@ def test_what_cannot_be_stored_is_refused_and_replaces_nothing(tmp_path):
 
 def rewritten(path, change) -> None:
     """The file with a changed description and a hash that fits: not damaged, but wrong."""
-    from lt_core.estimator import _sha256
-
     tensors = load_file(path)
     with safe_open(path, framework="numpy") as file:
         description = json.loads(file.metadata()["json"])
@@ -398,6 +397,10 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(CacheError, match="does not hold a stored classifier"):
             CompositionalTransferClassifier.load(path)
     save_file({"prototypes": X}, path)
+    with pytest.raises(CacheError, match="does not hold a stored classifier"):
+        CompositionalTransferClassifier.load(path)
+    tensors, nested = {name: X for name in TENSORS}, "[" * 10**5
+    save_file(tensors, path, {"json": nested, "sha256": _sha256(tensors, nested)})
     with pytest.raises(CacheError, match="does not hold a stored classifier"):
         CompositionalTransferClassifier.load(path)
     with pytest.raises(CacheError, match="there is no stored classifier"):

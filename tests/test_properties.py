@@ -266,7 +266,8 @@ def caches(draw) -> FeatureCache:
         return torch.from_numpy(draw(arrays.arrays(np.float32, (rows, dims), elements=values)))
 
     weights = matrix(classes)
-    weights[torch.tensor(draw(st.lists(st.booleans(), min_size=classes, max_size=classes)))] = torch.nan
+    left_out = torch.tensor(draw(st.lists(st.booleans(), min_size=classes, max_size=classes)))
+    weights[left_out & (torch.arange(classes) > 0)] = torch.nan
     splits = {}
     for split in draw(st.lists(st.sampled_from(["train", "val", "test"]), min_size=1, unique=True)):
         labels = draw(st.lists(st.integers(0, classes - 1), min_size=1, max_size=6))
@@ -287,8 +288,6 @@ def caches(draw) -> FeatureCache:
 @some
 @given(caches())
 def test_a_cache_comes_back_as_it_was_saved(cache):
-    if cache.weights.isnan().all():
-        return
     with tempfile.TemporaryDirectory() as folder:
         save_cache(Path(folder), cache)
         loaded = load_cache(folder)
