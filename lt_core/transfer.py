@@ -276,16 +276,19 @@ def _means(
     peak = asking.new_full((len(asking), 1), -2.0)  # below every cosine
     sums, mass = torch.zeros_like(asking), torch.zeros_like(peak)
     means = {}
-    for first, last in pairwise(sorted({0, *read})):
-        for part in keys[first:last].split(KEYS):
-            cosines = asking @ part.T
-            higher = torch.maximum(peak, cosines.amax(dim=1, keepdim=True))
-            powers = cosines.sub_(higher).mul_(temperature).exp_()
-            shrink = ((peak - higher) * temperature).exp()
-            sums.mul_(shrink).addmm_(powers, part)
-            mass.mul_(shrink).add_(powers.sum(dim=1, keepdim=True))
-            peak = higher
-        means[last] = sums / mass
+    for first, last in pairwise(sorted({*range(0, len(keys), KEYS), *read})):
+        offset = first % KEYS
+        if offset == 0:  # one product for the classes of every k
+            block = asking @ keys[first : first + KEYS].T
+        cosines = block[:, offset : offset + last - first]
+        higher = torch.maximum(peak, cosines.amax(dim=1, keepdim=True))
+        powers = cosines.sub_(higher).mul_(temperature).exp_()
+        shrink = ((peak - higher) * temperature).exp()
+        sums.mul_(shrink).addmm_(powers, keys[first:last])
+        mass.mul_(shrink).add_(powers.sum(dim=1, keepdim=True))
+        peak = higher
+        if last in read:
+            means[last] = sums / mass
     return [means[number] for number in read]
 
 
