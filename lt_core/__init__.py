@@ -3,18 +3,22 @@
 What people use on their own features, importable from here (loaded on first use, so that the command line
 answers at once):
 
-    from lt_core import ensemble_probabilities, group_accuracy, hybrid_classifier, prototypes
+    from lt_core import ensemble_probabilities, group_accuracy, hybrid_classifiers, prototypes
 """
 
 from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "CompositionalTransferClassifier": "estimator",
+    "EXPECTED_FAILED_CHECKS": "estimator",
     "attention": "transfer",
     "continual_classifier": "transfer",
+    "continual_classifiers": "transfer",
     "cosine_logits": "transfer",
     "ensemble_probabilities": "transfer",
     "hybrid_classifier": "transfer",
+    "hybrid_classifiers": "transfer",
     "knowledge_transfer": "transfer",
     "prototypes": "transfer",
     "group_accuracy": "metrics",

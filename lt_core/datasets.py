@@ -115,7 +115,7 @@ def read_list(path: Path) -> list[Record]:
         raise DataError(f"the list {path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        if not name or "\0" in name or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{path}, line {number}: expected `path label`, found {line[:80]!r}")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"{path}, line {number}: {name!r} points out of the data set")

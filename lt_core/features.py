@@ -110,13 +110,20 @@ def save_cache(folder: Path, cache: FeatureCache) -> None:
         tensors["bias"] = cache.bias.float()
     if cache.direction is not None:
         tensors["direction"] = cache.direction.float()
+    label_type = torch.int16 if len(cache.counts) <= 2**15 else torch.int32
     for split, (features, labels) in cache.splits.items():
         values, step = quantise(features)
-        tensors |= {f"{split}.features": values, f"{split}.step": step, f"{split}.labels": labels.short()}
+        tensors |= {
+            f"{split}.features": values,
+            f"{split}.step": step,
+            f"{split}.labels": labels.to(label_type),
+        }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META).unlink(missing_ok=True)
     with paths.atomic(folder / TENSORS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        # Copies, for the format takes no two tensors that share memory, as weights and prototypes may.
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        save_file(copies, temporary)
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
     with paths.atomic(folder / META) as temporary:
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -130,7 +137,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         version = meta["format_version"]
     except FileNotFoundError:
         raise CacheError(f"there is no feature cache in {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(
             f"{path} is not the description of a feature cache ({error!r}): make it again"
         ) from None

@@ -20,14 +20,16 @@ import torch
 from lt_core.causal_norm import causal_norm_logits
 from lt_core.errors import InputError, as_tensor, check_matrix, unknown
 from lt_core.transfer import (
+    ENSEMBLE,
     continual_classifier,
+    continual_classifiers,
     cosine_logits,
     ensemble_probabilities,
     hybrid_classifier,
+    hybrid_classifiers,
     knowledge_transfer,
 )
 
-ENSEMBLE = (0, 20, 100)  # the k of Eq. 8
 CHUNK = 2**25  # probabilities held at once, 128 MB
 
 Scores = Callable[[Any, object], torch.Tensor]
@@ -45,11 +47,11 @@ def _prototypes_and_weights(cache: Any) -> list[torch.Tensor]:
 
 
 def _hybrid(cache: Any, ks: tuple[int, ...]) -> list[torch.Tensor]:
-    return [hybrid_classifier(cache.prototypes, cache.weights, cache.counts, k) for k in ks]
+    return hybrid_classifiers(cache.prototypes, cache.weights, cache.counts, ks)
 
 
 def _continual(cache: Any, ks: tuple[int, ...]) -> list[torch.Tensor]:
-    return [continual_classifier(cache.prototypes, cache.weights, cache.counts, k) for k in ks]
+    return continual_classifiers(cache.prototypes, cache.weights, cache.counts, ks)
 
 
 def _prototypes_and_continual(cache: Any) -> list[torch.Tensor]:

@@ -178,7 +178,7 @@ def fit(
     sampler: str,
     loss: Loss,
     seed: int,
-    run: Path,
+    run: Path | None,
     machine: Machine | None = None,
     say: Say = print,
 ) -> list[dict[str, float]]:
@@ -187,13 +187,14 @@ def fit(
     With a `ContrastiveHead` in place of the classifier, a step sees two views of each image and the target of
     a view is its partner (SimCLR); negatives come from this process's share of the batch.
     Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
+    Without a `run` (and then without validation data) nothing is kept but the model.
     Raises TrainingError when the loss is not finite.
     """
     machine = machine or this_machine()
-    chief = machine.rank == 0
+    keeps = machine.rank == 0 and run is not None
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1
-    train, val = data.splits["train"], data.splits["val"]
+    train = data.splits["train"]
     images, labels = train.images.to(machine.device), train.labels.to(machine.device)
     model.to(machine.device, memory_format=torch.channels_last)
     loss.to(machine.device)
@@ -211,17 +212,18 @@ def fit(
         "seconds": 0.0,
         "history": [],
     }
-    last = run / "last.pt"
-    if last.exists():
-        state |= load_checkpoint(last)
+    if run is not None and (run / "last.pt").exists():
+        state |= load_checkpoint(run / "last.pt")
         model.load_state_dict(state.pop("model"))
         optimiser.load_state_dict(state.pop("optimiser"))
         say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")
 
     def save() -> None:
-        if chief:
+        if keeps:
             state["seconds"] += time.monotonic() - started
-            save_checkpoint(last, state | {"model": model.state_dict(), "optimiser": optimiser.state_dict()})
+            save_checkpoint(
+                run / "last.pt", state | {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            )
 
     started = time.monotonic()
     steps = len(train) // recipe.batch_size
@@ -263,17 +265,19 @@ def fit(
             "epoch": epoch + 1,
             "loss": running_loss.item() / steps,
             "train_accuracy": 100 * right.item() / (batches.numel() * views),
-            "val_accuracy": accuracy(model, val, recipe.input_size, machine),
         }
         if not math.isfinite(entry["loss"]):
             raise TrainingError(f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate")
-        best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
-        if chief and entry["val_accuracy"] > best:
-            save_checkpoint(run / "best.pt", {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()})
+        if run is not None:
+            entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
+            best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
+            if keeps and entry["val_accuracy"] > best:
+                now = {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
+                save_checkpoint(run / "best.pt", now)
         state["history"] = [*state["history"], entry]
         state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "right": 0}
         save()
-        if chief:
+        if keeps:
             _log(run, state["history"])
             passed = state["seconds"]
             left = passed / (epoch + 1) * (recipe.epochs - epoch - 1)

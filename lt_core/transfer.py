@@ -4,13 +4,15 @@ Pure functions of arrays; nothing is trained. Tensors or NumPy arrays in, tensor
 kept, everything else becomes float32. Bad input raises an InputError (a ValueError) that names the argument.
 
     p = prototypes(train_features, train_labels, num_classes)
-    classifiers = [hybrid_classifier(p, weights, counts, k) for k in (0, 20, 100)]
+    classifiers = hybrid_classifiers(p, weights, counts, ks=(0, 20, 100))
     predictions = ensemble_probabilities(test_features, classifiers, scale).argmax(dim=1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,8 +21,12 @@ from lt_core.errors import InputError, as_tensor, check_counts, check_labels, ch
 
 TEMPERATURE = 10.0  # tau of Eq. 5 (Sec. 4.1)
 SCALE = 16.0  # s of Eq. 2 at the start of training (Sec. 4.1)
-BLOCK = 2**24  # attention values held at once, 64 MB in float32
+ENSEMBLE = (0, 20, 100)  # the k of Eq. 8
 ROWS = 2**14  # images normalised at once
+QUERIES = 2**8  # classes that ask at once ...
+KEYS = 2**12  # ... and classes that they read at once: 4 MB of attention in float32
+SCORES = 2**20  # probabilities of one classifier held at once, 4 MB in float32 ...
+IMAGES = 2**7  # ... but always those of so many images, for products are slow with fewer
 
 
 def prototypes(features: object, labels: object, num_classes: int) -> torch.Tensor:
@@ -40,33 +46,73 @@ def prototypes(features: object, labels: object, num_classes: int) -> torch.Tens
     sums = features.new_zeros(num_classes, features.shape[1])
     for start in range(0, len(features), ROWS):
         rows = slice(start, start + ROWS)
-        sums.index_add_(0, labels[rows], _directions("features", features[rows], first_row=start))
+        sums.index_add_(0, labels[rows], directions("features", features[rows], first_row=start))
     return sums / samples[:, None]
 
 
 def attention(
     queries: object, keys: object, counts: object, k: float = 0, temperature: float = TEMPERATURE
 ) -> torch.Tensor:
-    """Attention [N, N] between classes (Eq. 5-6): a_ij = softmax_j(tau * cos(query_i, key_j)).
+    """Attention [Q, N] between classes (Eq. 5-6): a_ij = softmax_j(tau * cos(query_i, key_j)).
 
-    queries [N, F], keys [N, F], counts [N]. Rows sum to 1. Zero where n_j <= k: such key rows are never read
-    and may be NaN.
+    queries [Q, F] (Q = N in the paper), keys [N, F], counts [N]. Rows sum to 1. Zero where n_j <= k: such key
+    rows are never read and may be NaN.
     """
-    queries, keys, kept = _roles(("queries", "keys"), queries, keys, counts, k)
-    full = queries.new_zeros(len(queries), len(queries))
-    full[:, kept] = _softmax(queries, keys, check_positive("temperature", temperature))
+    queries, keys, order, _ = _roles(("queries", "keys"), queries, keys, counts, (k,))
+    cosines = directions("queries", queries) @ keys.T
+    # The row maximum goes first, so that no temperature overflows.
+    cosines = (cosines - cosines.amax(dim=1, keepdim=True)) * _factor("temperature", temperature, keys.dtype)
+    full = queries.new_zeros(len(queries), len(order))
+    full[:, order[: len(keys)]] = cosines.softmax(dim=1)
     return full
 
 
+@torch.no_grad()  # so that a model's parameters can be given as they are
 def knowledge_transfer(
     queries: object, keys: object, counts: object, k: float = 0, temperature: float = TEMPERATURE
 ) -> torch.Tensor:
-    """Recomposed classifier w_kt [N, F] (Eq. 4): the attention's mean of the normalised keys; not normalised.
+    """Recomposed classifier w_kt [Q, F] (Eq. 4): the attention's mean of the normalised keys; not normalised.
 
-    queries [N, F], keys [N, F], counts [N]. Prototypes as queries and learned weights as keys are the method;
-    the other roles are those of Table 6. Key rows with n_j <= k are never read and may be NaN.
+    queries [Q, F] (Q = N in the paper), keys [N, F], counts [N]. Prototypes as queries and learned weights as
+    keys are the method; the other roles are those of Table 6. Key rows with n_j <= k are never read and may
+    be NaN.
     """
-    return _recomposed(("queries", "keys"), queries, keys, counts, k, temperature)
+    queries, keys, _, read = _roles(("queries", "keys"), queries, keys, counts, (k,))
+    recomposed = torch.empty_like(queries)
+    for rows, _, means in _recomposed("queries", queries, keys, read, temperature):
+        recomposed[rows] = means[0]
+    return recomposed
+
+
+def hybrid_classifiers(
+    prototypes: object,
+    weights: object,
+    counts: object,
+    ks: Sequence[float] = ENSEMBLE,
+    temperature: float = TEMPERATURE,
+) -> list[torch.Tensor]:
+    """Hybrid classifiers w_h(k) (Eq. 7), one [N, F] for each k, at little more than the cost of a single one.
+
+    prototypes [N, F], weights [N, F], counts [N]. Every class needs a weight: NaN is an error.
+    """
+    weights = check_matrix("weights", weights)
+    _check_same_classes(prototypes, weights)
+    return _classifiers(prototypes, weights, counts, ks, temperature, learned=weights)
+
+
+def continual_classifiers(
+    prototypes: object,
+    weights: object,
+    counts: object,
+    ks: Sequence[float] = ENSEMBLE,
+    temperature: float = TEMPERATURE,
+) -> list[torch.Tensor]:
+    """Continual classifiers w_hc(k) (Eq. 9), one [Q, F] for each k, at little more than the cost of one.
+
+    weights [N, F], counts [N]: of the classes to transfer from; those with n <= k need no weight and may be
+    NaN. prototypes [Q, F]: of the classes that get a row; the same N in the paper, but they may be new ones.
+    """
+    return _classifiers(prototypes, weights, counts, ks, temperature)
 
 
 def hybrid_classifier(
@@ -82,9 +128,11 @@ def hybrid_classifier(
     prototypes [N, F], weights [N, F], counts [N]. transfer [N, F]: a recomposition with other roles (Table 6)
     in place of knowledge_transfer(prototypes, weights, ...). Every class needs a weight: NaN is an error.
     """
+    if transfer is None:
+        return hybrid_classifiers(prototypes, weights, counts, (k,), temperature)[0]
     weights = check_matrix("weights", weights)
     continual = continual_classifier(prototypes, weights, counts, k, temperature, transfer)
-    return continual + _directions("weights", weights.to(continual))
+    return continual + directions("weights", weights.to(continual))
 
 
 def continual_classifier(
@@ -101,18 +149,14 @@ def continual_classifier(
     transfer [N, F]: as in hybrid_classifier.
     """
     prototypes = check_matrix("prototypes", prototypes)
-    found = list(as_tensor("weights", weights).shape)
-    if found != list(prototypes.shape):
-        raise InputError(f"weights must have shape {list(prototypes.shape)}, as prototypes, found {found}")
+    _check_same_classes(prototypes, weights)
     if transfer is None:
-        names = ("prototypes", "weights")
-        recomposed = _recomposed(names, prototypes, weights, counts, k, temperature)
-    else:
-        check_counts("counts", counts, len(prototypes))
-        recomposed = check_matrix("transfer", transfer, *prototypes.shape)
+        return continual_classifiers(prototypes, weights, counts, (k,), temperature)[0]
+    check_counts("counts", counts, len(prototypes))
+    recomposed = check_matrix("transfer", transfer, *prototypes.shape)
     dtype = torch.promote_types(prototypes.dtype, recomposed.dtype)
     recomposed = recomposed.to(device=prototypes.device, dtype=dtype)
-    return _directions("transfer", recomposed) + _directions("prototypes", prototypes.to(dtype))
+    return directions("transfer", recomposed) + directions("prototypes", prototypes.to(dtype))
 
 
 def cosine_logits(features: object, weights: object, scale: float = SCALE) -> torch.Tensor:
@@ -121,8 +165,10 @@ def cosine_logits(features: object, weights: object, scale: float = SCALE) -> to
     features [M, F], weights [N, F]; the softmax of the logits is Eq. 1.
     """
     features = check_matrix("features", features)
-    scale = check_positive("scale", scale)
-    return _logits(_directions("features", features), "weights", weights, scale)
+    weights = check_matrix("weights", weights, columns=features.shape[1]).to(features.device)
+    dtype = torch.promote_types(features.dtype, weights.dtype)
+    scaled = directions("weights", weights.to(dtype)) * _factor("scale", scale, dtype)
+    return directions("features", features.to(dtype)) @ scaled.T
 
 
 def ensemble_probabilities(
@@ -133,77 +179,137 @@ def ensemble_probabilities(
     features [M, F]; classifiers: a sequence of [N, F], each used as the weights of Eq. 1-2.
     """
     features = check_matrix("features", features)
-    scale = check_positive("scale", scale)
     if len(classifiers) == 0:
         raise InputError("classifiers must be a non-empty sequence of [N, F] matrices")
-    directions = _directions("features", features)
-    total = _logits(directions, "classifiers[0]", classifiers[0], scale).softmax(dim=1)
-    for index in range(1, len(classifiers)):
-        logits = _logits(directions, f"classifiers[{index}]", classifiers[index], scale, rows=total.shape[1])
-        total = total + logits.softmax(dim=1)
-    return total / len(classifiers)
+    matrices: list[torch.Tensor] = []
+    for index, classifier in enumerate(classifiers):
+        rows = len(matrices[0]) if matrices else None
+        matrices.append(check_matrix(f"classifiers[{index}]", classifier, rows, features.shape[1]))
+    dtype = reduce(torch.promote_types, (matrix.dtype for matrix in matrices), features.dtype)
+    scale = _factor("scale", scale, dtype)
+    total = features.new_zeros(len(features), len(matrices[0]), dtype=dtype)
+    step = max(IMAGES, SCORES // total.shape[1])
+    for index, matrix in enumerate(matrices):
+        scaled = directions(f"classifiers[{index}]", matrix.to(total)) * scale
+        for start in range(0, len(features), step):
+            images = slice(start, start + step)
+            seen = directions("features", features[images].to(dtype), first_row=start)
+            total[images] += (seen @ scaled.T).softmax(dim=1)
+    return total.div_(len(matrices))
 
 
-def _logits(
-    directions: torch.Tensor, name: str, weights: object, scale: float, rows: int | None = None
-) -> torch.Tensor:
-    weights = check_matrix(name, weights, rows, directions.shape[1]).to(directions.device)
-    dtype = torch.promote_types(directions.dtype, weights.dtype)
-    return directions.to(dtype) @ (_directions(name, weights.to(dtype)) * _at_most_largest(scale, dtype)).T
-
-
-def _softmax(queries: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Attention of directions to directions. The row maximum goes first, so that no temperature overflows."""
-    cosines = queries @ keys.T
-    cosines = cosines - cosines.amax(dim=1, keepdim=True)
-    return (cosines * _at_most_largest(temperature, cosines.dtype)).softmax(dim=1)
-
-
-def _recomposed(
-    names: tuple[str, str], queries: object, keys: object, counts: object, k: float, temperature: float
-) -> torch.Tensor:
-    """Eq. 4, in blocks of queries: neither [N, N] nor a row of a class with n_j <= k is ever built."""
-    queries, keys, _ = _roles(names, queries, keys, counts, k)
-    temperature = check_positive("temperature", temperature)
-    recomposed = torch.empty_like(queries)
-    step = max(1, BLOCK // len(keys))
-    for start in range(0, len(queries), step):
-        rows = slice(start, start + step)
-        recomposed[rows] = _softmax(queries[rows], keys, temperature) @ keys
-    return recomposed
+def _check_same_classes(prototypes: object, weights: object) -> None:
+    expected, found = as_tensor("prototypes", prototypes).shape, as_tensor("weights", weights).shape
+    if found != expected:
+        raise InputError(f"weights must have shape {list(expected)}, as prototypes, found {list(found)}")
 
 
 def _roles(
-    names: tuple[str, str], queries: object, keys: object, counts: object, k: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Directions of queries [N, F] and of keys of the K classes with n_j > k [K, F]; these classes [K]."""
+    names: tuple[str, str], queries: object, keys: object, counts: object, ks: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """What asks and what is read, for several k.
+
+    Returns queries [Q, F]; directions of the keys with n_j > min(ks) [K, F], the classes with the most images
+    first; the classes in that order [N]; and for each k how many of them it reads.
+    """
     queries = check_matrix(names[0], queries)
-    counts = check_counts("counts", counts, len(queries))
-    kept = _exceeding(counts, k)
-    keys = check_matrix(names[1], keys, *queries.shape, read=kept).to(queries.device)
+    counts = check_counts("counts", counts)
+    found = as_tensor(names[1], keys).shape
+    if len(found) == 2 and found[0] != len(counts):
+        raise InputError(
+            f"{names[1]} and counts must be of the same classes, "
+            f"found {found[0]} rows and {len(counts)} counts"
+        )
+    order = counts.argsort(descending=True, stable=True)
+    read = [_number_above(counts, k) for k in ks]
+    kept = order[: max(read)]
+    keys = check_matrix(names[1], keys, len(counts), queries.shape[1], read=kept).to(queries.device)
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    queries = _directions(names[0], queries.to(dtype))
-    return queries, _directions(names[1], keys.to(dtype), numbers=kept), kept.to(queries.device)
+    return queries.to(dtype), directions(names[1], keys.to(dtype), numbers=kept), order, read
 
 
-def _exceeding(counts: torch.Tensor, k: float) -> torch.Tensor:
-    """Indices of the classes with more than k training images (Eq. 6)."""
+@torch.no_grad()  # so that a model's parameters can be given as they are
+def _classifiers(
+    prototypes: object,
+    weights: object,
+    counts: object,
+    ks: Sequence[float],
+    temperature: float,
+    learned: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Eq. 9 for each k; with the learned weights [N, F] of the same classes, Eq. 7."""
+    if not np.iterable(ks) or len(ks) == 0:
+        raise InputError(f"ks must be a sequence of at least one k, found {ks!r}")
+    queries, keys, _, read = _roles(("prototypes", "weights"), prototypes, weights, counts, ks)
+    classifiers = [torch.empty_like(queries) for _ in read]
+    for rows, own, means in _recomposed("prototypes", queries, keys, read, temperature):
+        if learned is not None:
+            own = own + directions("weights", learned[rows].to(own), first_row=rows.start)
+        for classifier, mean in zip(classifiers, means, strict=True):
+            torch.add(directions("transfer", mean, first_row=rows.start), own, out=classifier[rows])
+    return classifiers
+
+
+def _recomposed(
+    name: str, queries: torch.Tensor, keys: torch.Tensor, read: list[int], temperature: float
+) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+    """Eq. 4 in blocks of queries, so that nothing [Q, N] is ever built.
+
+    Yields the rows of a block, its directions [B, F] and its recompositions [B, F], one for each of `read`.
+    """
+    temperature = _factor("temperature", temperature, keys.dtype)
+    for start in range(0, len(queries), QUERIES):
+        rows = slice(start, start + QUERIES)
+        asking = directions(name, queries[rows], first_row=start)
+        yield rows, asking, _means(asking, keys, read, temperature)
+
+
+def _means(
+    asking: torch.Tensor, keys: torch.Tensor, read: list[int], temperature: float
+) -> list[torch.Tensor]:
+    """The attention's means [B, F] of the first read[0], read[1], ... keys.
+
+    Every similarity is computed once: the keys of a larger k are among those of a smaller one, so sums over
+    disjoint parts (n > 100, 20 < n <= 100, n <= 20) add up. They are kept relative to the largest similarity
+    so far; thus no temperature overflows them or empties a row.
+    """
+    peak = asking.new_full((len(asking), 1), -2.0)  # below every cosine
+    sums, mass = torch.zeros_like(asking), torch.zeros_like(peak)
+    means = {}
+    for first, last in pairwise(sorted({*range(0, len(keys), KEYS), *read})):
+        offset = first % KEYS
+        if offset == 0:  # one product for the classes of every k
+            block = asking @ keys[first : first + KEYS].T
+        cosines = block[:, offset : offset + last - first]
+        higher = torch.maximum(peak, cosines.amax(dim=1, keepdim=True))
+        powers = cosines.sub_(higher).mul_(temperature).exp_()
+        shrink = ((peak - higher) * temperature).exp()
+        sums.mul_(shrink).addmm_(powers, keys[first:last])
+        mass.mul_(shrink).add_(powers.sum(dim=1, keepdim=True))
+        peak = higher
+        if last in read:
+            means[last] = sums / mass
+    return [means[number] for number in read]
+
+
+def _number_above(counts: torch.Tensor, k: float) -> int:
+    """How many classes have more than k training images (Eq. 6)."""
     try:
         valid = float(k) >= 0
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise InputError(f"k must be a number of training images, 0 or more, found {k!r}")
-    kept = (counts > float(k)).nonzero().flatten()
-    if len(kept) == 0:
+    number = int((counts > float(k)).sum())
+    if number == 0:
         raise InputError(
             f"k={k}: no class has more than {k} training images (the largest has {int(counts.max())}), "
             "so there is nothing to transfer from; choose a smaller k"
         )
-    return kept
+    return number
 
 
-def _directions(
+def directions(
     name: str, matrix: torch.Tensor, first_row: int = 0, numbers: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows divided by their norm; `first_row` or `numbers` name the row when one of them is zero."""
@@ -221,5 +327,6 @@ def _directions(
     return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
 
 
-def _at_most_largest(number: float, dtype: torch.dtype) -> float:
-    return min(number, torch.finfo(dtype).max)
+def _factor(name: str, value: float, dtype: torch.dtype) -> float:
+    """A scale or temperature that `dtype` can hold; raises InputError unless it is above 0."""
+    return min(check_positive(name, value), torch.finfo(dtype).max)

@@ -107,7 +107,7 @@ def test_damage_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"sha256": "0"}', "\udc00".encode("utf-8", "surrogatepass").hex()]
+    "text", ["", "{", "[]", "[" * 10**5, '{"sha256": "0"}', "\udc00".encode("utf-8", "surrogatepass").hex()]
 )
 def test_unreadable_descriptions_are_refused(tmp_path, text):
     save_cache(tmp_path, make_cache())

@@ -54,6 +54,18 @@ def assert_same(one: Model, two: Model) -> None:
         assert torch.equal(a, b), name
 
 
+def test_without_a_run_folder_the_weights_are_the_same_and_nothing_is_written(tmp_path, monkeypatch):
+    data, recipe = load_dataset("digits"), RECIPE.model_copy(update={"epochs": 1})
+    kept, _ = run_fit(tmp_path / "run", recipe)
+    monkeypatch.chdir(tmp_path)
+    alone, loss = fresh(), build_loss("cross_entropy", data.counts)
+    only_train = replace(data, splits={"train": data.splits["train"]})
+    (entry,) = fit(alone, only_train, recipe, "square_root", loss, 0, None, say=lambda line: None)
+    assert_same(kept, alone)
+    assert set(entry) == {"epoch", "loss", "train_accuracy"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_schedule():
     assert lr_at(0, 100) == 1 and lr_at(50, 100) == pytest.approx(0.5)
     assert 0 < lr_at(99, 100) < 0.001 and lr_at(100, 100) == pytest.approx(0)

@@ -14,9 +14,11 @@ from lt_core.errors import InputError
 from lt_core.transfer import (
     attention,
     continual_classifier,
+    continual_classifiers,
     cosine_logits,
     ensemble_probabilities,
     hybrid_classifier,
+    hybrid_classifiers,
     knowledge_transfer,
     prototypes,
 )
@@ -213,8 +215,78 @@ def test_rows_of_excluded_classes_are_never_read(bad):
 def test_blocks_of_queries_do_not_change_the_result(monkeypatch):
     p, w, counts = random_case(7)
     whole = knowledge_transfer(p, w, counts)
-    monkeypatch.setattr("lt_core.transfer.BLOCK", 10)
-    torch.testing.assert_close(knowledge_transfer(p, w, counts), whole)
+    for queries, keys in ((1, 3), (2, 1), (3, 2)):
+        monkeypatch.setattr("lt_core.transfer.QUERIES", queries)
+        monkeypatch.setattr("lt_core.transfer.KEYS", keys)
+        torch.testing.assert_close(knowledge_transfer(p, w, counts), whole)
+
+
+@quick
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sampled_from([0, 20, 60, 100, 149]), min_size=1, max_size=5),
+    st.sampled_from([1e-9, 0.1, 10.0, 1e4, 1e300]),
+)
+def test_building_several_at_once_is_building_each(seed, ks, tau):
+    """In any order, twice the same k, and where no class lies between two of them."""
+    p, w, counts = random_case(seed)
+    counts[0] = 150
+    hybrid, continual = (
+        function(p, w, counts, ks, tau) for function in (hybrid_classifiers, continual_classifiers)
+    )
+    assert len(hybrid) == len(continual) == len(ks)
+    for k, one, other in zip(ks, hybrid, continual, strict=True):
+        slow = slow_transfer(p.tolist(), w.tolist(), counts.tolist(), k, tau)
+        np.testing.assert_allclose(one, slow_sum(slow, p.tolist(), w.tolist()), atol=1e-10)
+        np.testing.assert_allclose(other, slow_sum(slow, p.tolist()), atol=1e-10)
+
+
+def test_no_temperature_empties_a_row_whose_nearest_class_is_read_last():
+    """Each query's nearest key has one image: the classes read before it keep their sums for a larger k."""
+    w = np.array([[1.0, 0.1, 0.0], [0.0, 1.0, 0.1], [0.1, 0.0, 1.0]])
+    keys = w / np.linalg.norm(w, axis=1, keepdims=True)
+    query, counts, ks = np.array([[-1.0, 0.1, 1.0]]), [400, 50, 1], (100, 20, 0)
+    for tau in (1e6, 1e300):
+        found = continual_classifiers(query.astype(np.float32), w.astype(np.float32), counts, ks, tau)
+        for one, nearest in zip(found, keys, strict=True):
+            np.testing.assert_allclose(one, [nearest + query[0] / np.linalg.norm(query)], atol=1e-6)
+
+
+def test_single_precision_agrees_with_double():
+    """At the size of ImageNet-LT's classifier: 1e-5 in each value of rows that are up to 3 long."""
+    generator = np.random.default_rng(0)
+    p, w = generator.normal(size=(1000, 256)) + 0.5, generator.normal(size=(1000, 256))
+    counts = generator.integers(1, 300, 1000)
+    for tau in (1.0, 10.0, 100.0):
+        double = hybrid_classifiers(p, w, counts, temperature=tau)
+        single = hybrid_classifiers(p.astype(np.float32), w.astype(np.float32), counts, temperature=tau)
+        for exact, found in zip(double, single, strict=True):
+            torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+    scores = ensemble_probabilities(p[:50].astype(np.float32), single)
+    torch.testing.assert_close(scores.double(), ensemble_probabilities(p[:50], double), atol=1e-5, rtol=0)
+
+
+def test_new_classes_ask_the_known_ones():
+    p, w, counts = random_case(12)
+    whole = continual_classifiers(p, w, counts, (0, 20))
+    part = continual_classifiers(p[2:4], w, counts, (0, 20))
+    for one, other in zip(whole, part, strict=True):
+        torch.testing.assert_close(other, one[2:4])
+
+
+def test_blocks_of_images_do_not_change_the_probabilities(monkeypatch):
+    p, w, _ = random_case(13)
+    whole = ensemble_probabilities(p, [w, p])
+    monkeypatch.setattr("lt_core.transfer.IMAGES", 2)
+    monkeypatch.setattr("lt_core.transfer.SCORES", 1)
+    torch.testing.assert_close(ensemble_probabilities(p, [w, p]), whole)
+
+
+def test_parameters_of_a_model_give_plain_tensors():
+    p, w, counts = random_case(14)
+    weights = torch.nn.Parameter(torch.as_tensor(w))
+    for built in (knowledge_transfer(p, weights, counts), *hybrid_classifiers(p, weights, counts, (0,))):
+        assert not built.requires_grad
 
 
 def test_an_ensemble_of_one_is_the_classifier_and_order_does_not_matter():
@@ -308,6 +380,24 @@ BAD = {
     "weights of other classes": (lambda: hybrid_classifier(P, W[:2], N), "weights"),
     "transfer of other classes": (lambda: hybrid_classifier(P, W, N, transfer=W[:2]), "transfer"),
     "counts beside a transfer": (lambda: hybrid_classifier(P, W, N[:2], transfer=W), "counts"),
+    "no k": (lambda: hybrid_classifiers(P, W, N, ()), "ks must be a sequence"),
+    "one k in place of several": (lambda: hybrid_classifiers(P, W, N, 20), "ks must be a sequence"),
+    "one k too large": (lambda: continual_classifiers(P, W, N, (0, 120)), r"k=120.*no class"),
+    "zero prototype in a later block": (
+        lambda: hybrid_classifiers(
+            np.vstack([np.ones((300, 1)), [[0.0]]]), np.ones((301, 1)), [1] * 301, (0,)
+        ),
+        "prototypes: row 300",
+    ),
+    "zero feature in a later block": (
+        lambda: ensemble_probabilities(np.vstack([np.ones((2**20, 1)), [[0.0]]]), [[[1.0]]]),
+        "features: row 1048576",
+    ),
+    "new classes with other features": (lambda: continual_classifiers(P[:1, :2], W, N), "weights"),
+    "opposite keys": (
+        lambda: hybrid_classifier([[0.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [-1.0, 0.0]], [3, 3]),
+        "transfer: row 0 is a zero vector",
+    ),
     "empty ensemble": (lambda: ensemble_probabilities(P, []), "classifiers"),
     "one matrix as an ensemble": (lambda: ensemble_probabilities(P, W), r"classifiers\[0\]"),
     "ensemble of different classes": (lambda: ensemble_probabilities(P, [W, W[:2]]), r"classifiers\[1\]"),

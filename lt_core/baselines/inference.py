@@ -6,8 +6,7 @@ from torch import Tensor
 from lt_core.baselines.stage1 import Logits, Stage1
 from lt_core.causal_norm import causal_norm_logits
 from lt_core.errors import InputError
-from lt_core.methods import ENSEMBLE
-from lt_core.transfer import TEMPERATURE, ensemble_probabilities, hybrid_classifier
+from lt_core.transfer import TEMPERATURE, ensemble_probabilities, hybrid_classifiers
 
 
 def transfer_ensemble(stage: Stage1, temperature: float = TEMPERATURE) -> Logits:
@@ -15,7 +14,7 @@ def transfer_ensemble(stage: Stage1, temperature: float = TEMPERATURE) -> Logits
     if stage.prototypes is None:
         raise InputError("the ensemble is built from prototypes, and there are none")
     p, w, counts = stage.prototypes, stage.weights, stage.counts
-    classifiers = [hybrid_classifier(p, w, counts, k, temperature) for k in ENSEMBLE]
+    classifiers = hybrid_classifiers(p, w, counts, temperature=temperature)
 
     def logits(features: Tensor) -> Tensor:
         probabilities = ensemble_probabilities(features, classifiers, stage.scale)

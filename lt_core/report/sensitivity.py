@@ -9,7 +9,7 @@ Accuracies are top-1 in percent on the validation images: nothing here looks at 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -22,15 +22,15 @@ from matplotlib.figure import Figure
 
 from lt_core.errors import InputError
 from lt_core.features import FeatureCache
-from lt_core.methods import ENSEMBLE
 from lt_core.metrics import COLUMNS, group_accuracy
 from lt_core.notebooks import REPORT
 from lt_core.report.figures import GREY, figure_style, style_of
 from lt_core.transfer import (
+    ENSEMBLE,
     attention,
     cosine_logits,
     ensemble_probabilities,
-    hybrid_classifier,
+    hybrid_classifiers,
     prototypes,
 )
 
@@ -44,10 +44,10 @@ def _accuracy(cache: FeatureCache, rows: Sequence[object]) -> dict[str, float]:
 
 
 def _hybrids(
-    cache: FeatureCache, ks: Iterable[int], temperature: float = 10.0, centres: object = None
+    cache: FeatureCache, ks: Sequence[int], temperature: float = 10.0, centres: object = None
 ) -> list[object]:
     own = cache.prototypes if centres is None else centres
-    return [hybrid_classifier(own, cache.weights, cache.counts, k, temperature) for k in ks]
+    return hybrid_classifiers(own, cache.weights, cache.counts, ks, temperature)
 
 
 def temperature_and_k(cache: FeatureCache, temperatures: Sequence[float], ks: Sequence[int]) -> pd.DataFrame:

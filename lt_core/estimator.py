@@ -1,0 +1,296 @@
+"""Compositional knowledge transfer as a scikit-learn classifier, for anybody's features.
+
+    model = CompositionalTransferClassifier().fit(features, labels)  # [M, F], [M]
+    model.add_classes(few_features, few_labels)                      # new classes, without retraining
+    model.predict(test_features)
+
+Works in a Pipeline, GridSearchCV and clone. Bad input raises a ValueError that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from lt_core import paths
+from lt_core.datasets import Dataset, Split
+from lt_core.errors import CacheError, InputError, as_tensor, check_counts, check_matrix, check_positive
+from lt_core.losses import build_loss
+from lt_core.models import CosineClassifier, Model
+from lt_core.profiles import Recipe
+from lt_core.train import Machine, fit
+from lt_core.transfer import (
+    ENSEMBLE,
+    SCALE,
+    TEMPERATURE,
+    continual_classifiers,
+    directions,
+    ensemble_probabilities,
+    hybrid_classifiers,
+    prototypes,
+)
+
+# Of scikit-learn's check_estimator, with the reasons; to be given to it as `expected_failed_checks`.
+EXPECTED_FAILED_CHECKS = {
+    "check_estimators_dtypes": (
+        "its integer features have a row of zeros, which has no direction and so no cosine: refused by name"
+    ),
+}
+
+FORMAT_VERSION = 1
+TENSORS = ("prototypes", "weights", "counts", "classifiers")  # what a stored classifier holds beside the JSON
+FLOATS = (np.float64, np.float32)  # other numbers become the first
+BATCH, LEARNING_RATE = 128, 0.1  # of a training step, as where only the classifier of a backbone is trained
+IMAGES = 2**12  # samples predicted at once
+
+
+class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
+    """The ensemble of hybrid classifiers (Eq. 8) on features [M, F], with rows for new classes by Eq. 9.
+
+    `fit` needs learned weights of a cosine classifier [N, F]; without them it learns one on the features.
+
+    ensemble_k: the k of the ensemble (Eq. 6); those that no class exceeds are left out (`ensemble_k_`).
+    temperature: tau of the attention (Eq. 5).
+    scale: s of Eq. 2; None: the learned one (1 at least), or 16 when the weights are given.
+    sampler: what a learned classifier is trained with: `uniform`, `class_aware` or `square_root`.
+    epochs: how long it is trained; random_state: seed of its start and of the sampler.
+
+    Fitted: `classes_` [N] sorted, `counts_` [N] training samples, `prototypes_` [N, F], `weights_` [N, F]
+    (NaN for added classes), `classifiers_` [E, N, F] one for each of `ensemble_k_`, and `scale_`.
+    """
+
+    def __init__(
+        self,
+        ensemble_k: Sequence[float] = ENSEMBLE,
+        temperature: float = TEMPERATURE,
+        scale: float | None = None,
+        sampler: str = "square_root",
+        epochs: int = 20,
+        random_state: int | np.random.RandomState | None = 0,
+    ) -> None:
+        self.ensemble_k = ensemble_k
+        self.temperature = temperature
+        self.scale = scale
+        self.sampler = sampler
+        self.epochs = epochs
+        self.random_state = random_state
+
+    def fit(self, X: object, y: object, classifier_weights: object | None = None) -> Self:
+        """Build the ensemble from features X [M, F] and labels y [M] (numbers or strings).
+
+        classifier_weights [N, F]: rows of a trained cosine classifier, in the sorted order of the labels.
+        Raises InputError for values that do not fit, and where there is one class and no weight to give it.
+        """
+        X, y = validate_data(self, X, y, dtype=FLOATS)
+        check_classification_targets(y)
+        check_positive("temperature", self.temperature)
+        given_scale = None if self.scale is None else check_positive("scale", self.scale)
+        classes, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
+        ks = _exceeded(self.ensemble_k, counts.max())
+        if classifier_weights is None:
+            weights, scale = self._learned(X, labels, counts)
+        else:
+            weights = check_matrix("classifier_weights", classifier_weights, len(classes), X.shape[1])
+            scale = SCALE
+        means = prototypes(X, labels, len(classes))
+        built = hybrid_classifiers(means, weights, counts, ks, self.temperature)
+        self.ensemble_k_, self.scale_ = ks, given_scale or scale
+        self.classes_, self.counts_ = classes, counts
+        self.prototypes_, self.weights_ = means.numpy(), weights.numpy(force=True).copy()
+        self.classifiers_ = torch.stack(built).numpy()
+        return self
+
+    def add_classes(self, X_new: object, y_new: object) -> Self:
+        """Rows for new classes from a few features [M, F] with labels [M], without retraining (Eq. 9).
+
+        They borrow from the classes with learned weights; the rows of known classes stay as they are. Raises
+        InputError for a label that is known already or of another kind.
+        """
+        check_is_fitted(self)
+        X, y = validate_data(self, X_new, y_new, reset=False, dtype=FLOATS)
+        check_classification_targets(y)
+        new, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
+        if _is_text(new) != _is_text(self.classes_):
+            examples = new.tolist()[0], self.classes_.tolist()[0]
+            raise InputError(
+                "y_new has labels such as {!r}, the known ones are such as {!r}".format(*examples)
+            )
+        if known := np.intersect1d(new, self.classes_).tolist():
+            raise InputError(f"y_new: the class {known[0]!r} is known already, only new classes can be added")
+        means = prototypes(X, labels, len(new))
+        learned = ~np.isnan(self.weights_).any(axis=1)
+        built = continual_classifiers(
+            means, self.weights_[learned], self.counts_[learned], self.ensemble_k_, self.temperature
+        )
+        classes = np.concatenate([self.classes_, new])
+        order = classes.argsort()
+        self.classes_ = classes[order]
+        self.counts_ = np.concatenate([self.counts_, counts])[order]
+        self.prototypes_ = np.concatenate([self.prototypes_, means.numpy()])[order]
+        self.weights_ = np.concatenate([self.weights_, np.full_like(means.numpy(), np.nan)])[order]
+        self.classifiers_ = np.concatenate([self.classifiers_, torch.stack(built).numpy()], axis=1)[:, order]
+        return self
+
+    def predict_proba(self, X: object) -> np.ndarray:
+        """Probabilities [M, N] of the classes, in the order of `classes_`, of features X [M, F] (Eq. 8)."""
+        return self._probabilities(self._checked(X)).numpy()
+
+    def predict(self, X: object) -> np.ndarray:
+        """Labels [M] of features X [M, F]: the most probable classes."""
+        parts = as_tensor("X", self._checked(X)).split(IMAGES)
+        return self.classes_[torch.cat([self._probabilities(part).argmax(dim=1) for part in parts]).numpy()]
+
+    def _checked(self, X: object) -> np.ndarray:
+        check_is_fitted(self)
+        return validate_data(self, X, reset=False, dtype=FLOATS)
+
+    def _probabilities(self, features: object) -> torch.Tensor:
+        return ensemble_probabilities(features, list(self.classifiers_), self.scale_)
+
+    def _learned(self, X: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, float]:
+        """A cosine classifier trained on the features as on a frozen backbone: weights [N, F] and scale."""
+        if len(counts) < 2:
+            raise InputError("y has one class: a classifier needs two to learn from, or classifier_weights")
+        if not isinstance(self.epochs, Integral) or self.epochs < 1:
+            raise InputError(f"epochs must be a whole number above 0, found {self.epochs!r}")
+        recipe = Recipe(
+            epochs=int(self.epochs),
+            batch_size=min(BATCH, len(X)),
+            learning_rate=0.0,
+            classifier_learning_rate=LEARNING_RATE,
+        )
+        # Cosines see directions alone; taken here, very small and very large features keep theirs.
+        features = directions("X", as_tensor("X", X)).float()
+        names = tuple(map(str, range(len(counts))))
+        data = Dataset("features", names, {"train": Split(features, torch.from_numpy(labels))})
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            classifier = CosineClassifier(X.shape[1], len(counts))
+        loss = build_loss("cross_entropy", counts)
+        machine = Machine(torch.device("cpu"), contextlib.nullcontext, "CPU, float32")
+        fit(Model(torch.nn.Identity(), classifier), data, recipe, self.sampler, loss, seed, None, machine)
+        # Labels that the features say nothing about draw the scale to 0, and below it a class's own direction
+        # would count against it.
+        return classifier.weight.detach(), max(1.0, classifier.scale.item())
+
+    def save(self, path: str | Path) -> None:
+        """Store the fitted classifier in one safetensors file with a JSON description, replacing it whole.
+
+        Raises InputError for labels or parameters that are neither text nor plain numbers.
+        """
+        check_is_fitted(self)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "parameters": self.get_params(),
+            "classes": self.classes_.tolist(),
+            "classes_type": "str" if self.classes_.dtype.kind == "U" else self.classes_.dtype.name,
+            "ensemble_k": self.ensemble_k_,
+            "scale": self.scale_,
+            "feature_names": getattr(self, "feature_names_in_", np.empty(0)).tolist(),
+        }
+        try:
+            text = json.dumps(description, default=_plain)
+        except TypeError as error:
+            raise InputError(f"the classifier cannot be stored: {error}") from None
+        tensors = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in TENSORS}
+        with paths.atomic(Path(path)) as temporary:
+            save_file(tensors, temporary, {"json": text, "sha256": _sha256(tensors, text)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The classifier that `save` stored; nothing is unpickled. Raises CacheError for any other file."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in TENSORS}
+            if _sha256(tensors, metadata["json"]) != metadata["sha256"]:
+                raise CacheError(f"{path} is damaged: its content does not have the hash that it states")
+            return cls._from(json.loads(metadata["json"]), tensors)
+        except FileNotFoundError:
+            raise CacheError(f"there is no stored classifier {path}") from None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CacheError(f"{path} does not hold a stored classifier ({error})") from None
+
+    @classmethod
+    def _from(cls, description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Self:
+        """Raises an error of some kind unless everything fits together."""
+        if description["format_version"] != FORMAT_VERSION:
+            raise InputError(
+                f"format version {description['format_version']}, this code reads {FORMAT_VERSION}"
+            )
+        parameters = description["parameters"]
+        model = cls(**parameters | {"ensemble_k": tuple(parameters["ensemble_k"])})
+        model.classes_ = np.array(description["classes"], dtype=_plain_type(description["classes_type"]))
+        model.ensemble_k_ = tuple(description["ensemble_k"])
+        model.scale_ = check_positive("scale", description["scale"])
+        rows, columns = tensors["prototypes"].shape
+        check_matrix("prototypes", tensors["prototypes"], len(model.classes_))
+        check_counts("counts", tensors["counts"], rows)
+        learned = ~np.isnan(tensors["weights"]).any(axis=1)
+        check_matrix(
+            "weights", tensors["weights"], rows, columns, read=torch.from_numpy(learned).nonzero()[:, 0]
+        )
+        if tensors["classifiers"].shape != (len(model.ensemble_k_), rows, columns):
+            raise InputError("the classifiers do not fit the prototypes")
+        for classifier in tensors["classifiers"]:
+            check_matrix("classifiers", classifier)
+        for name in TENSORS:
+            setattr(model, f"{name}_", tensors[name])
+        model.n_features_in_ = columns
+        if description["feature_names"]:
+            model.feature_names_in_ = np.array(description["feature_names"], dtype=object)
+        return model
+
+
+def _exceeded(ks: Sequence[float], largest: int) -> tuple[float, ...]:
+    """The ks that some class exceeds, in their order; raises InputError when there are none."""
+    try:
+        kept = tuple(k for k in ks if not k >= largest)
+    except TypeError:
+        raise InputError(
+            f"ensemble_k must be a sequence of numbers of training samples, found {ks!r}"
+        ) from None
+    if not kept:
+        raise InputError(f"ensemble_k={ks!r}: the largest class has {largest} samples; name a smaller k")
+    return kept
+
+
+def _is_text(labels: np.ndarray) -> bool:
+    return labels.dtype.kind not in "biuf"
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers and arrays as Python's, for JSON."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{value!r} is neither text nor a plain number")
+
+
+def _plain_type(name: str) -> np.dtype:
+    """Type of stored labels; raises InputError for one that would claim more memory than the labels have."""
+    if np.dtype(name).itemsize > 16:
+        raise InputError(f"labels cannot be of the type {name}")
+    return np.dtype(name)
+
+
+def _sha256(tensors: dict[str, np.ndarray], text: str) -> str:
+    """Of the description and all values."""
+    digest = hashlib.sha256(text.encode())
+    for name in TENSORS:
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
