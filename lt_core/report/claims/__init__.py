@@ -1,6 +1,6 @@
 """Every claim of the paper about its results: a declaration each, tested on the feature caches.
 
-found = test_claims(Study.of_profile("embedded"))      # 68 rows: verdict, evidence, rule
+found = evaluate_claims(Study.of_profile("embedded"))      # 68 rows: verdict, evidence, rule
 save_claims(found, "embedded")
 """
 
@@ -10,11 +10,11 @@ from lt_core.report.claims.study import Entry, Estimate, Study, System
 from lt_core.report.claims.untestable import Untestable
 from lt_core.report.claims.verdicts import (
     CLAIMS,
+    evaluate_claims,
     save_claims,
     section_of,
     section_table,
     summary,
-    test_claims,
 )
 
 __all__ = [
@@ -32,6 +32,6 @@ __all__ = [
     "section_of",
     "section_table",
     "summary",
-    "test_claims",
+    "evaluate_claims",
     "verdict",
 ]

@@ -193,12 +193,12 @@ def mismatches_foretell(backbones: Sequence[str], method: str) -> Test:
 @part
 def attention_follows_meaning(study: Study) -> Part:
     """Leacock-Chodorow similarity of the classes nearest by attention against random ones."""
+    cache = study.caches("sqrt")[0]
     if importlib.util.find_spec("lt_core.wordnet") is None:
         raise Untestable("WordNet 3.0 similarities of the classes")
     from lt_core.report.semantics import semantic_test
     from lt_core.wordnet import class_synsets, lch_matrix
 
-    cache = study.caches("sqrt")[0]
     shares = attention(cache.prototypes, cache.weights, cache.counts, k=0).cpu().numpy()
     similarity = lch_matrix(class_synsets(cache.class_names, cache.meta["wnids"]))
     line = semantic_test(shares, similarity, cache.counts).table.set_index("group").loc["total"]

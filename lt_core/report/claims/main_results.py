@@ -40,6 +40,7 @@ from lt_core.report.claims.entries import (
 )
 from lt_core.report.claims.study import Entry, Estimate, Study
 from lt_core.report.claims.untestable import Untestable
+from lt_core.report.rendering import MINUS
 
 KEPT = 0.9  # share of the total accuracy that "still does well" keeps
 SQRT = "sqrt"
@@ -73,18 +74,22 @@ def keeps_total(entry: Entry, full: Entry) -> Test:
 def beats_almost_all(entry: Entry, rivals: Sequence[Side], group: str) -> Test:
     """Above all rivals but one at most, by intervals."""
 
-    @parts
-    def test(study: Study) -> list[Part]:
-        found, needs = [], []
-        for one in rivals:
-            result = beats(entry, one, group)(study)[0]
-            (needs if result.holds is None else found).append(result)
-        below = [result.text for result in found if not result.holds]
-        text = f"{group}: {entry.what} on `{entry.backbone}` above {len(found) - len(below)} of {len(found)} "
-        text += "".join(f"; not: {one}" for one in below)
-        if len(below) > 1:
-            return [Part(text, False)]
-        return [Part(text if found else "", None if needs else True, "; ".join(one.needs for one in needs))]
+    @part
+    def test(study: Study) -> Part:
+        own = study.accuracy(entry, group)
+        gains, needs = [], []
+        for rival in rivals:
+            try:
+                gains.append((rival.what, own - study.accuracy(rival, group)))
+            except Untestable as missing:
+                needs.append(str(missing))
+        missed = [f"{MINUS} {name} {with_interval(gain)}" for name, gain in gains if gain.low <= 0]
+        above = f"above {len(gains) - len(missed)} of {len(gains)} systems"
+        text = f"{group}: {entry.what} on `{entry.backbone}` {above}"
+        text += "".join(f"; {one}" for one in missed)
+        if len(missed) > 1 or not needs:
+            return Part(text, len(missed) <= 1)
+        return Part(text, None, "; ".join(needs))
 
     return test
 

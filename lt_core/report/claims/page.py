@@ -26,13 +26,13 @@ KEY = (
     "Print: {yes} printed numbers support it   {partly} some do   {no} they do not   {plot} no numbers in "
     "print\nHere: {holds} holds   {fails} fails   {untestable} cannot be tested"
 )
-WIDTH = 76  # characters a line
+WIDTH = 72  # characters a line
 COLUMN = 12.0  # width of a column in the units of the axes, whose rows are 1 high
 CELL = 0.62
 
 
 def claims_page(found: pd.DataFrame) -> Figure:
-    """All claims in two columns: number, statement, print's verdict and ours. found: of `test_claims`."""
+    """All claims in two columns: number, statement, print's verdict and ours. found: of `evaluate_claims`."""
     rows = _rows(found)
     half = _break(rows)
     columns = [rows[:half], rows[half:]]
@@ -43,7 +43,7 @@ def claims_page(found: pd.DataFrame) -> Figure:
     ax.axis("off")
     for number, column in enumerate(columns):
         _column(ax, column, number * (COLUMN + 0.6))
-    _key(ax)
+    _key(ax, found)
     return fig
 
 
@@ -109,6 +109,9 @@ def _mark(ax: Axes, x: float, y: float, name: str, filled: bool) -> None:
     )
 
 
-def _key(ax: Axes) -> None:
+def _key(ax: Axes, found: pd.DataFrame) -> None:
     text = KEY.format(**{name: symbol for name, (symbol, _) in MARKS.items()})
     ax.text(0, -2.5, text, va="top", size=8.5, color=BLACK, linespacing=1.5)
+    counts = {name: int((found["verdict"] == name).sum()) for name in VERDICTS}
+    text = f"{counts['holds']} hold, {counts['fails']} fail, {counts['untestable']} untestable"
+    ax.text(2 * COLUMN + 0.3, -2.5, text, va="top", ha="right", size=11, weight="bold", color=BLACK)

@@ -138,7 +138,8 @@ class Study:
             self._caches[backbone] = list(self._load(backbone))
         usable = [c for c in self._caches[backbone] if set(splits) <= set(c.splits)]
         if not usable:
-            raise Untestable(f"the {' and '.join(splits)} features of `{backbone}` in its cache")
+            absent = [split for split in splits if split not in self._caches[backbone][0].splits]
+            raise Untestable(f"the {' and '.join(absent)} features of `{backbone}` in its cache")
         return usable
 
     def counts(self, backbone: str) -> np.ndarray:

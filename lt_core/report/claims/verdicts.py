@@ -1,6 +1,6 @@
 """All claims tested: the table, its files, and what it says in a few sentences.
 
-found = test_claims(Study.of_profile("embedded"))
+found = evaluate_claims(Study.of_profile("embedded"))
 save_claims(found, "embedded")
 """
 
@@ -42,7 +42,7 @@ SHOWN = 6  # parts that the evidence spells out
 CONTRADICTED, NOT_SHOWN = "fails", "not shown (interval contains 0)"
 
 
-def test_claims(study: Study, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
+def evaluate_claims(study: Study, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """A row a claim with the columns of `COLUMNS`."""
     records = []
     for claim in claims:
@@ -50,9 +50,6 @@ def test_claims(study: Study, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
         start = (claim.number, claim.statement, claim.in_print)
         records.append((*start, verdict(found), evidence(found), claim.rule))
     return pd.DataFrame(records, columns=list(COLUMNS))
-
-
-test_claims.__test__ = False  # a function of the package, not a test of it
 
 
 def evidence(found: Sequence[Part]) -> str:
@@ -96,13 +93,12 @@ def document(found: pd.DataFrame) -> str:
 
 
 def section_table(claims: pd.DataFrame) -> str:
-    """Claims as a Markdown table: statement, print, verdict here, evidence and rule."""
-    lines = ["| | Claim | Print | Here | Evidence | Rule |", "| --- |" + " --- |" * 5]
+    """Claims as a Markdown table: statement and rule, what print says, the verdict here, the evidence."""
+    lines = ["| | Claim and rule | Print | Here | Evidence |", "| --- |" + " --- |" * 4]
     for _, line in claims.iterrows():
-        cells = (line[name] for name in ("statement", "in_print", "verdict", "evidence", "rule"))
-        text = [typeset(cell).replace("|", "\\|") for cell in cells]
-        text[2] = f"**{text[2]}**"
-        lines.append(f"| {line['claim']} | " + " | ".join(text) + " |")
+        claim = f"**{line['statement']}**<br>{line['rule']}"
+        cells = (str(line["claim"]), claim, line["in_print"], f"**{line['verdict']}**", line["evidence"])
+        lines.append("| " + " | ".join(typeset(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -112,12 +108,12 @@ def summary(found: pd.DataFrame) -> list[str]:
     for name, meaning in PRINT.items():
         of_kind = found[found["in_print"] == name]
         if len(of_kind):
-            lines.append(f"{len(of_kind)} claims are {meaning}: {_counted(of_kind)}.")
+            lines.append(f"Claims {meaning}, {len(of_kind)}: {_counted(of_kind)}.")
     failing = found[found["verdict"] == "fails"]
     contradicted = failing["evidence"].str.contains(f"{CONTRADICTED}:").sum()
     lines.append(
-        f"Of the {len(failing)} that fail, {contradicted} are contradicted in at least one part; for the "
-        f"other {len(failing) - contradicted} the test images are too few to show a difference."
+        f"Of the {len(failing)} that fail, the numbers contradict {contradicted} in at least one part; in the "
+        f"other {len(failing) - contradicted} an interval contains 0: the claim is not shown."
     )
     lost = found[(found["in_print"] == "yes") & (found["verdict"] == "fails")]
     won = found[found["in_print"].isin(["no", "partly"]) & (found["verdict"] == "holds")]
