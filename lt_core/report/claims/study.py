@@ -221,10 +221,10 @@ def _predicted(cache: FeatureCache, entry: Entry) -> np.ndarray:
 def _of_profile(profile: str, backbone: str, seed: int) -> list[FeatureCache]:
     chosen = load_profile(profile)
     if backbone not in chosen.backbones:
-        raise Untestable(f"a backbone `{backbone}`, which the profile {profile} does not have")
+        raise Untestable(f"a backbone `{backbone}` in the profile {profile}")
     folders = [
         backbones.cache_folder(profile, backbone, s) for s in backbones.seeds_shown(profile, backbone, seed)
     ]
     if not chosen.trains and not all((folder / META).exists() for folder in folders):
-        raise Untestable(f"the feature caches of the backbone `{backbone}`, which are not there")
+        raise Untestable(f"the feature caches of the backbone `{backbone}`")
     return backbones.load_seeds(profile, backbone, seed)

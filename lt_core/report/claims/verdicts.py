@@ -110,10 +110,10 @@ def summary(found: pd.DataFrame) -> list[str]:
         if len(of_kind):
             lines.append(f"Claims {meaning}, {len(of_kind)}: {_counted(of_kind)}.")
     failing = found[found["verdict"] == "fails"]
-    contradicted = failing["evidence"].str.contains(f"{CONTRADICTED}:").sum()
+    contradicted = int(failing["evidence"].str.contains(f"{CONTRADICTED}:").sum())
     lines.append(
-        f"Of the {len(failing)} that fail, the numbers contradict {contradicted} in at least one part; in the "
-        f"other {len(failing) - contradicted} an interval contains 0: the claim is not shown."
+        f"Of the {len(failing)} that fail, the numbers contradict {contradicted} in at least one part; "
+        f"{len(failing) - contradicted} are not shown, because an interval contains 0."
     )
     lost = found[(found["in_print"] == "yes") & (found["verdict"] == "fails")]
     won = found[found["in_print"].isin(["no", "partly"]) & (found["verdict"] == "holds")]
