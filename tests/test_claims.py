@@ -80,6 +80,14 @@ def cache(right: float | dict[str, float] = 0.5, backbone: str = "a", images: in
     )
 
 
+def whole(right: float) -> FeatureCache:
+    """The same with as many training images as the counts say, each on its own axis."""
+    one = cache(right)
+    labels = torch.repeat_interleave(torch.arange(6), COUNTS)
+    one.splits["train"] = (torch.eye(6)[labels], labels)
+    return one
+
+
 def study(**caches: FeatureCache | list[FeatureCache]) -> Study:
     """A study of these backbones; others do not exist."""
 
@@ -284,6 +292,18 @@ def test_systems_without_a_run_are_untestable_and_become_testable_by_themselves(
     assert outcome(beats(A, lade, "total"), study(a=cache(0.5), lade=cache(0.9))) == "fails"
 
 
+def test_systems_on_frozen_features_are_fitted_to_them():
+    of = study(a=[whole(0.5)])
+    for name in ("lws", "disalign"):
+        estimate = of.accuracy(System(name, "imagenet_lt", "a"), "total")
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 100
+    bare = whole(0.5)
+    found = beats(A, System("lws", "imagenet_lt", "a"), "total")(
+        study(a=replace(bare, splits={"test": bare.splits["test"]}))
+    )
+    assert verdict(found) == "untestable" and "train and val features of `a`" in found[0].needs
+
+
 def test_systems_are_compared_on_the_same_network_only():
     other = cache(0.5)
     other.meta["network"] = "another"
@@ -328,9 +348,7 @@ def test_constructions_hold():
     weights[4:] = float("nan")
     of = study(sqrt=cache(), continual=replace(cache(), weights=weights))
     assert outcome(cost.new_classes, of) == "holds"
-    saved = cache(1.0)
-    counted = torch.repeat_interleave(torch.arange(6), COUNTS)
-    saved.splits["train"] = (torch.eye(6)[counted], counted)
+    saved = whole(1.0)
     assert outcome(cost.closed_form, study(sqrt=saved)) == "holds"
     assert outcome(cost.closed_form, study(sqrt=replace(saved, prototypes=-torch.eye(6)))) == "fails"
 

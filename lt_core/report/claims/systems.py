@@ -5,11 +5,11 @@ predictions("rsg", "imagenet_lt", "sqrt", study.caches)  # one [M] a seed, or Un
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import numpy as np
 
+from lt_core.baselines import BASELINES, Stage1, tune
 from lt_core.features import FeatureCache
 from lt_core.methods import learned, predict
 from lt_core.report.claims.untestable import Untestable
@@ -49,15 +49,13 @@ def predictions(system: str, role: str, backbone: str, caches: Caches) -> list[n
         raise Untestable(
             f"{NAMES[system]} trained on {ours}, the network of `{backbone}` (here on {network})"
         )
+    if system in BASELINES:  # a strength to choose at inference
+        return [_tuned(system, cache) for cache in caches(TRAINED[role][system], "val")]
     return [predict(cache, learned(cache)) for cache in own]
 
 
 def _tuned(system: str, cache: FeatureCache) -> np.ndarray:
-    """Predictions [M] of a system fitted to frozen features, with the setting that validation chooses."""
-    if importlib.util.find_spec("lt_core.baselines") is None:
-        raise Untestable(f"{NAMES[system]} on the frozen features of `{cache.meta['backbone']}`")
-    from lt_core.baselines import Stage1, tune
-
+    """Predictions [M] of a system on a cache's features, with the setting that validation chooses."""
     stage = Stage1.of(cache)
     tuned = tune(system, stage, cache.features("val"), cache.labels("val"), cache.meta["seed"])
     return tuned.logits(cache.features("test")).argmax(dim=1).cpu().numpy()
