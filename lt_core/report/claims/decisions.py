@@ -8,7 +8,7 @@ A test takes a Study and gives parts; a claim holds only if every part does. A c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -96,8 +96,8 @@ Rivals = Side | Sequence[Side]
 def beats(side: Side, rivals: Rivals, *groups: str, by: float | None = None) -> Test:
     """In each group: above every rival, the interval of each difference above 0.
 
-    by: the least difference in points to the best rival. If it is negative (at most so far below), the
-    interval does not matter.
+    by: also, the least difference in points to the best rival; a negative one (at most so far below) alone
+    decides, whatever the interval.
     """
     return _each_group(groups, lambda study, group: _against(study, side, rivals, group, by))
 
@@ -119,7 +119,7 @@ def _each_group(groups: Sequence[str], make: Callable[[Study, str], Part]) -> Te
 def _against(
     study: Study, side: Side, rivals: Rivals, group: str, lower: float | None, upper: float = float("inf")
 ) -> Part:
-    rivals = list(_sides(rivals))
+    rivals = [rivals] if isinstance(rivals, Entry | System) else rivals
     own = study.accuracy(side, group)
     found, needs = [], []
     for rival in rivals:
@@ -154,10 +154,6 @@ def _below(study: Study, side: Side, rivals: Sequence[Side], group: str) -> Part
     if len(found) > 1:
         text += f" (closest of {len(found)} rivals)"
     return Part(text, all(d.high < 0 for d, _ in found), open=difference.open)
-
-
-def _sides(rivals: Rivals) -> Iterator[Side]:
-    yield from [rivals] if isinstance(rivals, Entry | System) else rivals
 
 
 # ---------------------------------------------------------------- numbers in words
