@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,7 +17,9 @@ from lt_core.report.claims.decisions import Part, Test, part, parts, plain, toge
 from lt_core.report.claims.study import Entry, Estimate, Study
 from lt_core.report.claims.untestable import Untestable
 from lt_core.report.prototype_figures import FIRST_RANKS
+from lt_core.report.semantics import semantic_test
 from lt_core.transfer import TEMPERATURE, attention
+from lt_core.wordnet import class_synsets, lch_matrix
 
 HIGH_COSINE = 0.8
 FAR_APART = float(np.cos(np.pi / 4))  # 45 degrees
@@ -194,11 +195,6 @@ def mismatches_foretell(backbones: Sequence[str], method: str) -> Test:
 def attention_follows_meaning(study: Study) -> Part:
     """Leacock-Chodorow similarity of the classes nearest by attention against random ones."""
     cache = study.caches("sqrt")[0]
-    if importlib.util.find_spec("lt_core.wordnet") is None:
-        raise Untestable("WordNet 3.0 similarities of the classes")
-    from lt_core.report.semantics import semantic_test
-    from lt_core.wordnet import class_synsets, lch_matrix
-
     shares = attention(cache.prototypes, cache.weights, cache.counts, k=0).cpu().numpy()
     similarity = lch_matrix(class_synsets(cache.class_names, cache.meta["wnids"]))
     line = semantic_test(shares, similarity, cache.counts).table.set_index("group").loc["total"]
