@@ -19,7 +19,7 @@ from lt_core.errors import CacheError, DataError, InputError, ProfileError, Trai
 from lt_core.features import META, load_cache
 from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
-from lt_core.profiles import load_profile
+from lt_core.profiles import Recipe, load_profile
 from lt_core.report import training_summary
 from lt_core.transfer import prototypes
 
@@ -206,7 +206,7 @@ def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
     if "train" in cache.splits:
         counts = torch.bincount(cache.labels("train"), minlength=len(cache.counts))
         assert torch.equal(counts, cache.counts)
-    assert meta["recipe"] == EMBEDDED.recipes[declared.recipe].model_dump()
+    assert Recipe(**meta["recipe"]) == EMBEDDED.recipes[declared.recipe]
     assert (meta["backbone"], meta["seed"], meta["sampler"], meta["loss"], meta["start"]) == (
         *(backbone, seed, declared.sampler, declared.loss, declared.start),
     )
