@@ -97,7 +97,10 @@ def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
         (folder / "meta.json").write_text(json.dumps({"sha256": "one"}))
         return folder
 
-    fake = SimpleNamespace(asked=[], cache_folder=cache_folder, ensure=ensure)
+    def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
+        return [0, 1, 2] if backbone == "several" else [seed]
+
+    fake = SimpleNamespace(asked=[], cache_folder=cache_folder, ensure=ensure, seeds_shown=seeds_shown)
     monkeypatch.setitem(sys.modules, "lt_core.backbones", fake)
     monkeypatch.setattr(lt_core, "backbones", fake, raising=False)
     return fake
@@ -225,6 +228,18 @@ def test_interrupted_run_leaves_no_child(place: Path, tmp_path: Path) -> None:
 
 
 # --- What is out of date -------------------------------------------------------------------------------
+
+
+def test_all_seeds_of_a_backbone_are_made_and_watched(
+    place: Path, no_kernel: list[str], fake_backbones: SimpleNamespace
+) -> None:
+    write_notebook(place, "01_a", "1", produces=("T1.csv",), backbones=("several",))
+    assert runner.run(options()) == 0
+    assert fake_backbones.asked == [("digits", "several", seed) for seed in (0, 1, 2)]
+    assert runner.plan(options())[0].reason == ""
+    meta = fake_backbones.cache_folder("digits", "several", 2) / "meta.json"
+    meta.write_text(json.dumps({"sha256": "another"}))
+    assert runner.plan(options())[0].reason == "changed feature caches"
 
 
 def test_second_run_does_nothing_and_changes_rerun(
