@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from lt_core import paths
 from lt_core.datasets import Dataset, Split, load_dataset
 from lt_core.errors import CacheError, DataError, InputError, TrainingError
-from lt_core.features import META, FeatureCache, load_cache, principal_directions, read_meta, save_cache
+from lt_core.features import (
+    META,
+    FeatureCache,
+    dequantise,
+    load_cache,
+    principal_directions,
+    quantise,
+    read_meta,
+    save_cache,
+)
 from lt_core.groups import group_of
 from lt_core.losses import build_loss
 from lt_core.methods import learned, predict
@@ -188,7 +197,20 @@ def write_cache(
         more["epoch_of_best"] = saved["epoch"]
     meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
     stored = {split: cache.splits[split] for split in job.backbone.splits_of(job.seed)}
-    save_cache(folder, replace(cache, meta=meta, splits=stored))
+    save_cache(folder, replace(cache, meta=meta, splits=stored), _same_features(job, folder, stored))
+
+
+def _same_features(job: Job, folder: Path, splits: dict[str, tuple[Tensor, Tensor]]) -> str | None:
+    """Name of the first seed's cache beside `folder` if it holds these features, as of a frozen backbone."""
+    first = f"seed{job.backbone.seeds[0]}"
+    if not job.recipe.frozen or folder.name == first or not (folder.parent / first / META).exists():
+        return None
+    stored = load_cache(folder.parent / first).splits
+    same = all(
+        split in stored and torch.equal(dequantise(*quantise(features)), stored[split][0])
+        for split, (features, _) in splits.items()
+    )
+    return first if same else None
 
 
 def _start(

@@ -25,6 +25,7 @@ from lt_core.errors import CacheError, InputError, check_counts, check_labels, c
 
 FORMAT_VERSION = 1
 TENSORS, META = "features.safetensors", "meta.json"
+SHARED = "shared_features"  # key of meta.json
 SPLITS = ("train", "val", "test")
 
 
@@ -97,9 +98,14 @@ def principal_directions(features: Tensor, dims: int) -> Tensor:
 # ---------------------------------------------------------------- the file format
 
 
-def save_cache(folder: Path, cache: FeatureCache) -> None:
-    """Write a cache; it exists for readers only once complete (meta.json, with the hash, comes last)."""
+def save_cache(folder: Path, cache: FeatureCache, features_of: str | None = None) -> None:
+    """Write a cache; it exists for readers only once complete (meta.json, with the hash, comes last).
+
+    features_of: name of a cache in the same folder that holds these very features (the seeds of a frozen
+    backbone differ in the classifier alone); they are then read from there and not stored again.
+    """
     check_cache(cache)
+    own_splits = {} if features_of else cache.splits
     tensors = {
         "weights": cache.weights.float(),
         "scale": torch.tensor(cache.scale, dtype=torch.float32),
@@ -111,7 +117,7 @@ def save_cache(folder: Path, cache: FeatureCache) -> None:
     if cache.direction is not None:
         tensors["direction"] = cache.direction.float()
     label_type = torch.int16 if len(cache.counts) <= 2**15 else torch.int32
-    for split, (features, labels) in cache.splits.items():
+    for split, (features, labels) in own_splits.items():
         values, step = quantise(features)
         tensors |= {
             f"{split}.features": values,
@@ -125,6 +131,9 @@ def save_cache(folder: Path, cache: FeatureCache) -> None:
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         save_file(copies, temporary)
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
+    if features_of:
+        sha256 = read_meta(folder.parent / features_of)["sha256"]
+        meta[SHARED] = {"of": features_of, "splits": list(cache.splits), "sha256": sha256}
     with paths.atomic(folder / META) as temporary:
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -159,14 +168,7 @@ def load_cache(folder: str | Path) -> FeatureCache:
                 f"{path} does not have the hash that {META} states: it is damaged, fetch or make it again"
             )
         tensors = load_file(path)
-        splits = {
-            split: (
-                dequantise(tensors[f"{split}.features"], tensors[f"{split}.step"]),
-                tensors[f"{split}.labels"].long(),
-            )
-            for split in SPLITS
-            if f"{split}.features" in tensors
-        }
+        splits = _shared_splits(folder, meta[SHARED]) if SHARED in meta else _splits(tensors)
         cache = FeatureCache(
             weights=tensors["weights"],
             scale=tensors["scale"].item(),
@@ -180,9 +182,30 @@ def load_cache(folder: str | Path) -> FeatureCache:
         check_cache(cache)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{path} cannot be read ({error}): fetch or make it again") from None
-    except (KeyError, InputError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, InputError, RuntimeError, ValueError) as error:
         raise CacheError(f"{path} does not hold a whole feature cache ({error})") from None
     return cache
+
+
+def _splits(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        split: (
+            dequantise(tensors[f"{split}.features"], tensors[f"{split}.step"]),
+            tensors[f"{split}.labels"].long(),
+        )
+        for split in SPLITS
+        if f"{split}.features" in tensors
+    }
+
+
+def _shared_splits(folder: Path, shared: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Features that lie in another cache of the same folder, which must be as it was."""
+    other = folder.parent / Path(shared["of"]).name  # a name, never a path to elsewhere
+    meta = read_meta(other)
+    if SHARED in meta or meta["sha256"] != shared["sha256"]:
+        raise CacheError(f"{folder} needs the features of {other}, which are not those it was made with")
+    splits = load_cache(other).splits
+    return {split: splits[split] for split in shared["splits"]}
 
 
 def check_cache(cache: FeatureCache) -> None:

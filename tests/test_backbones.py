@@ -1,6 +1,7 @@
 """Backbones end to end on digits: train, cache, resume, extract, and every refusal."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from lt_core.backbones import (
     train_command,
 )
 from lt_core.errors import CacheError, DataError, InputError, ProfileError, TrainingError
-from lt_core.features import META, load_cache
+from lt_core.features import META, TENSORS, load_cache
 from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
+from lt_core.models import build_backbone
 from lt_core.profiles import Recipe, load_profile
 from lt_core.report import training_summary
 from lt_core.transfer import prototypes
@@ -238,6 +240,28 @@ def test_further_seeds_of_a_profile_keep_test_features_alone(tmp_path, monkeypat
     backbones.write_cache(job, tmp_path / "cache")
     cache = load_cache(tmp_path / "cache")
     assert set(cache.splits) == {"test"} and cache.prototypes.shape == (10, 64)
+
+
+def test_seeds_of_a_frozen_backbone_store_their_features_once(tmp_path, monkeypatch):
+    digits = load_profile("digits")
+    several = digits.backbone("imagenet_frozen").model_copy(update={"seeds": [0, 1]})
+    profile = digits.model_copy(update={"backbones": digits.backbones | {"imagenet_frozen": several}})
+    monkeypatch.setattr(backbones, "_refuse_chance", lambda *a: None)  # nothing is trained
+    monkeypatch.setattr(backbones, "_start", lambda *a: None)
+
+    def built(name: str, weights: int) -> torch.nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(weights)
+            return build_backbone(name)
+
+    for seed, weights in ((0, 0), (1, 0), (2, 2)):  # the first two start from the same weights
+        monkeypatch.setattr(backbones, "build_backbone", partial(built, weights=weights))
+        job = backbones.prepare(profile, "imagenet_frozen", seed, say=quiet)
+        backbones.write_cache(job, tmp_path / f"seed{seed}")
+    stored = [(tmp_path / f"seed{seed}" / TENSORS).stat().st_size for seed in range(3)]
+    assert stored[1] < stored[0] / 4 and stored[2] == stored[0]
+    zero, one = load_cache(tmp_path / "seed0"), load_cache(tmp_path / "seed1")
+    assert torch.equal(zero.features("test"), one.features("test")) and set(one.splits) == {"test"}
 
 
 def test_pretraining_at_chance_is_refused(tmp_path, monkeypatch):

@@ -36,13 +36,14 @@ from lt_core.report.claims import (
     section_of,
     section_table,
     summary,
-    systems,
     training,
     verdict,
 )
 from lt_core.report.claims.decisions import beats, level, lowest
 from lt_core.report.claims.entries import cos, proto
 from lt_core.report.claims.verdicts import COLUMNS, PRINT, SECTIONS, evidence
+from lt_core.report.rows import quoted_rows
+from lt_core.report.systems import IMAGENET, PLACES, system_of
 
 matplotlib.use("Agg")
 
@@ -311,9 +312,12 @@ def test_systems_are_compared_on_the_same_network_only():
     assert verdict(found) == "untestable" and "RSG trained on digits_net" in found[0].needs
 
 
-def test_every_compared_system_has_a_name():
-    for role, names in (("imagenet_lt", systems.IMAGENET), ("places_lt", systems.PLACES)):
-        assert set(names) <= set(systems.NAMES) and set(systems.TRAINED[role]) <= set(names)
+def test_every_compared_system_is_one_that_its_table_quotes():
+    for table, names in (("T1", IMAGENET), ("T3", PLACES)):
+        quoted = [system_of(row.name) for row in quoted_rows(table, "the reference")]
+        assert set(quoted) == set(names)
+    with pytest.raises(InputError, match="unknown quoted system"):
+        system_of("Ours* / Prototypes")
 
 
 def test_a_backbone_that_the_profile_does_not_have_is_untestable():

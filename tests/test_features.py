@@ -71,6 +71,36 @@ def test_a_cache_may_leave_splits_out(tmp_path):
         loaded.features("train")
 
 
+def test_features_that_lie_in_another_cache_are_read_from_there(tmp_path):
+    first = make_cache()
+    save_cache(tmp_path / "seed0", first)
+    test_alone = {"test": first.splits["test"]}
+    save_cache(tmp_path / "seed1", make_cache(weights=first.weights + 1, splits=test_alone), "seed0")
+    assert "test.features" not in load_file(tmp_path / "seed1" / TENSORS)
+    loaded, whole = load_cache(tmp_path / "seed1"), load_cache(tmp_path / "seed0")
+    assert set(loaded.splits) == {"test"} and torch.equal(loaded.weights, first.weights + 1)
+    assert torch.equal(loaded.features("test"), whole.features("test"))
+
+
+def test_another_cache_s_features_must_be_there_and_those_of_the_time_of_writing(tmp_path):
+    for name in ("seed0", "elsewhere"):
+        save_cache(tmp_path / name, make_cache())
+    save_cache(tmp_path / "seed1", make_cache(), "seed0")
+    meta = json.loads((tmp_path / "seed1" / META).read_text())
+    for of in ("../elsewhere", "seed1", "missing", 3):  # a path out, itself, nothing, no name
+        shared = meta["shared_features"] | {"of": of}
+        (tmp_path / "seed1" / META).write_text(json.dumps(meta | {"shared_features": shared}))
+        if of == "../elsewhere":  # its last part alone counts
+            assert load_cache(tmp_path / "seed1").splits
+            continue
+        with pytest.raises(CacheError):
+            load_cache(tmp_path / "seed1")
+    (tmp_path / "seed1" / META).write_text(json.dumps(meta))
+    save_cache(tmp_path / "seed0", make_cache(scale=3.0))
+    with pytest.raises(CacheError, match="not those it was made with"):
+        load_cache(tmp_path / "seed1")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

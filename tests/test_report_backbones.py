@@ -14,6 +14,7 @@ from lt_core.errors import InputError
 from lt_core.features import FeatureCache
 from lt_core.metrics import cosine_matrix, group_accuracy, mismatches, within_group_accuracy
 from lt_core.report import (
+    SECOND_STAGES,
     TABLE6,
     TABLE7,
     TABLE9,
@@ -22,6 +23,7 @@ from lt_core.report import (
     compared_rows,
     count_table,
     figure_style,
+    fit_times,
     further_rows,
     method_rows,
     own_rows,
@@ -31,6 +33,7 @@ from lt_core.report import (
     published,
     published_rows,
     quoted_rows,
+    second_stage_rows,
     sharpness,
     show_table,
     similarity_curves,
@@ -197,12 +200,43 @@ def test_systems_that_act_on_frozen_features_are_run_beside_their_published_valu
     assert (lws.predictions[0] == one.labels("test")).double().mean() > 0.5
 
 
+def test_systems_that_train_a_backbone_stand_beside_their_published_value_with_our_ensemble_on_theirs():
+    own = {"rsg": [cache("rsg"), cache("rsg", seed=1)], "ldam_drw": [cache("ldam_drw")]}
+    rows = {row.name: row for row in compared_rows(cache(), "T1", "Cosine classifier", own)}
+    rsg = rows["RSG* [31] (own backbone)"]
+    assert (rsg.backbone, list(rsg.seeds), rsg.reference) == ("rsg", [0, 1], "Cosine classifier")
+    assert rsg.printed("total", "paper") == published("T1", "RSG* [31]")["total"]
+    for one, predictions in zip(own["rsg"], rsg.predictions, strict=True):
+        assert torch.equal(predictions, torch.from_numpy(predict(one, "cosine")))
+    assert list(rows)[-3:] == [
+        "Not in print / LDAM-DRW (own backbone)",
+        "Not in print / our ensemble on the backbone of RSG",
+        "Not in print / our ensemble on the backbone of LDAM-DRW",
+    ]
+    ours = rows["Not in print / our ensemble on the backbone of RSG"]
+    assert ours.reference == rsg.name
+    np.testing.assert_array_equal(ours.predictions[1], predict(own["rsg"][1], "ensemble_wh_0_20_100"))
+    assert not len(rows["LADE [14]"].predictions)
+
+
+def test_second_stages_on_a_dot_product_classifier_and_their_times():
+    dot = cache("uniform_dot", dot=True)
+    rows = method_rows([dot], {"Dot product": "dot_product"})
+    rows += second_stage_rows(dot, "Dot product", SECOND_STAGES) + further_rows(dot, "Dot product")
+    names = [row.name for row in rows]
+    assert "tau-norm (frozen features)" in names
+    assert "Not in print / logit adjustment of the dot-product classifier, t = 1" in names
+    times = fit_times(rows)
+    assert set(times["row"]) == {n for n in names if "(frozen" in n or "chosen" in n}
+    assert (times["seconds"] >= 0).all() and set(times["backbone"]) == {"uniform_dot"}
+
+
 def test_further_rows_are_what_their_names_say():
     one = cache()
     further = further_rows(one, "Cosine classifier", "ResNet101")
     assert {row.name.partition(" / ")[0] for row in further} == {"ResNet101, not in print"}
     rows = {row.name.partition(" / ")[2]: row for row in further}
-    assert len(rows) == len(further) == 12
+    assert len(rows) == len(further) == 13
     logits = cosine_logits(one.features("test"), one.weights, one.scale)
     adjusted = (logits - 0.5 * COUNTS.double().log()).argmax(1)
     assert torch.equal(rows["logit adjustment of the cosine classifier, t = 0.5"].predictions[0], adjusted)

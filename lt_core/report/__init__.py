@@ -1,7 +1,14 @@
 """Tables beside the published values and figures in one style: what the notebooks use."""
 
 from lt_core.methods import METHODS, classifiers, predict, probabilities
-from lt_core.report.compared import compared_rows, further_rows
+from lt_core.report.compared import (
+    FURTHER,
+    SECOND_STAGES,
+    compared_rows,
+    fit_times,
+    further_rows,
+    second_stage_rows,
+)
 from lt_core.report.figures import (
     STYLES,
     accuracy_by_class_size,
@@ -67,6 +74,7 @@ from lt_core.report.sensitivity import (
     temperature_and_k,
     temperature_and_k_heatmaps,
 )
+from lt_core.report.systems import TRAINED
 from lt_core.report.tables import (
     Row,
     build_table,
@@ -92,6 +100,11 @@ from lt_core.report.umap_figure import (
 )
 
 __all__ = [
+    "FURTHER",
+    "SECOND_STAGES",
+    "TRAINED",
+    "fit_times",
+    "second_stage_rows",
     "IMAGES",
     "METHODS",
     "SOURCES",

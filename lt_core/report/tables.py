@@ -54,6 +54,7 @@ class Row:
     reference: name of the row that effects are taken against.
     groups: those that have a value; the others stay empty, also in print.
     backbone, seeds, checkpoint: where the predictions come from.
+    seconds: that fitting took, for a classifier that was fitted to frozen features.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     checkpoint: str = "last"
     groups: Sequence[str] = GROUPS
     note: str = ""
+    seconds: float = NAN
 
     def __post_init__(self) -> None:
         if not len(self.predictions) and self.published is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lt_core import backbones
+from lt_core.baselines import BASELINES
 from lt_core.errors import InputError
 from lt_core.features import META, FeatureCache
 from lt_core.groups import group_of
@@ -25,9 +26,10 @@ from lt_core.metrics import (
     within_group_predictions,
 )
 from lt_core.profiles import load_profile
-from lt_core.report.claims import systems
 from lt_core.report.claims.untestable import Untestable
 from lt_core.report.rows import prototypes_from
+from lt_core.report.systems import NAMES as SYSTEM_NAMES
+from lt_core.report.systems import TRAINED, Run
 from lt_core.transfer import cosine_logits
 
 Load = Callable[[str], Sequence[FeatureCache]]
@@ -85,7 +87,7 @@ class System:
 
     @property
     def what(self) -> str:
-        return f"our {systems.NAMES[self.name]}"
+        return f"our {SYSTEM_NAMES[self.name]}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class Study:
         """Accuracies [4] and their samples [replicates, 4] of one entry."""
         images = entry.images if isinstance(entry, Entry) else "test"
         if isinstance(entry, System):
-            predictions = systems.predictions(entry.name, entry.role, entry.backbone, self.caches)
+            predictions = self._run(entry)
             cache = self.caches(entry.backbone, images)[0]
         else:
             caches = self.caches(*_needed(entry))
@@ -199,6 +201,22 @@ class Study:
         samples = bootstrap_accuracies(correct[:, None], labels, cache.counts, replicates=self._replicates)
         values = [list(group_accuracy(p, labels, cache.counts).values()) for p in predictions]
         return np.mean(values, axis=0), samples[:, 0]
+
+    def _run(self, system: System) -> list[np.ndarray]:
+        """Predictions [M], one a seed, of our run of a system; raises Untestable while there is none."""
+        trained = TRAINED[system.role].get(system.name)
+        if trained is None:  # fitted to the frozen features of the backbone that it is compared with
+            runs = [Run.of(system.name, c) for c in self.caches(system.backbone, "train", "val")]
+        else:
+            own = self.caches(trained, *(["val"] if system.name in BASELINES else []))
+            network, ours = own[0].meta["network"], self.caches(system.backbone)[0].meta["network"]
+            if network != ours:
+                raise Untestable(
+                    f"{SYSTEM_NAMES[system.name]} trained on {ours}, the network of `{system.backbone}` "
+                    f"(here on {network})"
+                )
+            runs = [Run.own(cache) for cache in own]
+        return [run.predictions.cpu().numpy() for run in runs]
 
 
 def _needed(entry: Entry) -> list[str]:
