@@ -172,9 +172,11 @@ def train_backbone(
     run = _run_folder(profile, name, job.backbone, seed, job.data)
     loss = build_loss(job.backbone.loss, job.data.counts[job.kept])
     shown = _only(job.data, job.kept)
+    seconds = time.monotonic() - started
     history = fit(job.model, shown, job.recipe, job.backbone.sampler, loss, seed, run, job.machine, say)
     if job.machine.rank == 0:
-        write_cache(job, folder, run / "best.pt", history, seconds=round(time.monotonic() - started, 1))
+        seconds += load_checkpoint(run / "last.pt")["seconds"]  # of the calls that were killed, too
+        write_cache(job, folder, run / "best.pt", history, seconds=round(seconds, 1))
         say(f"{profile.name}/{name} seed {seed}: {_one_line(read_meta(folder))}; cache in {folder}")
     return folder
 
