@@ -224,10 +224,15 @@ def _run_tasks(tasks: list[Task], options: Options) -> dict[str, Record]:
 
 
 def _ensure_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
-    """Makes the feature caches that the tasks need; backbones that failed, each with its error."""
-    from lt_core import backbones
+    """Makes the feature caches that the tasks need; backbones that failed, each with its error.
 
-    needed = dict.fromkeys(name for task in tasks for name in task.notebook.backbones)
+    Backbones that the profile does not have are left out: a notebook says itself what it shows without them.
+    """
+    from lt_core import backbones
+    from lt_core.profiles import load_profile
+
+    known = load_profile(options.profile).backbones
+    needed = dict.fromkeys(name for task in tasks for name in task.notebook.backbones if name in known)
     failed = {}
     for name in needed:
         try:

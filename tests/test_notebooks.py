@@ -10,6 +10,7 @@ import pytest
 
 from lt_core import notebooks as nbs
 from lt_core import paths
+from lt_core.profiles import load_profile
 
 NOTEBOOKS = [nbs.Notebook(path) for path in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
 each = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
@@ -64,6 +65,7 @@ def test_declares_what_it_makes_and_needs(notebook: nbs.Notebook) -> None:
     assert set(notebook.declared) <= {"produces", "backbones", "reads"}
     for names in notebook.declared.values():
         assert all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    assert set(notebook.backbones) <= set(load_profile("digits").backbones)
 
 
 def test_nobody_makes_what_another_makes_and_what_is_read_is_made() -> None:

@@ -83,14 +83,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for lt_core.backbones that can make every cache but that of `broken`."""
+    """A stand-in for lt_core.backbones that can make every cache but that of `continual`, of `uniform` three seeds."""
 
     def cache_folder(profile: str, backbone: str, seed: int) -> Path:
         return tmp_path / "caches" / backbone / f"seed{seed}"
 
     def ensure(profile: str, backbone: str, seed: int, data_root: object, progress: object) -> Path:
         fake.asked.append((profile, backbone, seed))
-        if backbone == "broken":
+        if backbone == "continual":
             raise CacheError("there is no such cache: train it")
         folder = cache_folder(profile, backbone, seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
         return folder
 
     def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
-        return [0, 1, 2] if backbone == "several" else [seed]
+        return [0, 1, 2] if backbone == "uniform" else [seed]
 
     fake = SimpleNamespace(asked=[], cache_folder=cache_folder, ensure=ensure, seeds_shown=seeds_shown)
     monkeypatch.setitem(sys.modules, "lt_core.backbones", fake)
@@ -233,11 +233,11 @@ def test_interrupted_run_leaves_no_child(place: Path, tmp_path: Path) -> None:
 def test_all_seeds_of_a_backbone_are_made_and_watched(
     place: Path, no_kernel: list[str], fake_backbones: SimpleNamespace
 ) -> None:
-    write_notebook(place, "01_a", "1", produces=("T1.csv",), backbones=("several",))
+    write_notebook(place, "01_a", "1", produces=("T1.csv",), backbones=("uniform",))
     assert runner.run(options()) == 0
-    assert fake_backbones.asked == [("digits", "several", seed) for seed in (0, 1, 2)]
+    assert fake_backbones.asked == [("digits", "uniform", seed) for seed in (0, 1, 2)]
     assert runner.plan(options())[0].reason == ""
-    meta = fake_backbones.cache_folder("digits", "several", 2) / "meta.json"
+    meta = fake_backbones.cache_folder("digits", "uniform", 2) / "meta.json"
     meta.write_text(json.dumps({"sha256": "another"}))
     assert runner.plan(options())[0].reason == "changed feature caches"
 
@@ -329,12 +329,12 @@ def test_an_old_output_does_not_pass_for_a_new_one(place: Path) -> None:
 def test_a_missing_cache_fails_its_notebooks_only(
     place: Path, no_kernel: list[str], fake_backbones: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_notebook(place, "01_needs", "1", backbones=("sqrt", "broken"))
-    write_notebook(place, "02_needs_too", "1", backbones=("broken",))
+    write_notebook(place, "01_needs", "1", backbones=("sqrt", "continual"))
+    write_notebook(place, "02_needs_too", "1", backbones=("continual",))
     write_notebook(place, "03_does_not", "1", backbones=("sqrt",))
     assert runner.run(options()) == 1
     assert no_kernel == ["03_does_not"]
-    assert [backbone for _, backbone, _ in fake_backbones.asked] == ["sqrt", "broken"]
+    assert [backbone for _, backbone, _ in fake_backbones.asked] == ["sqrt", "continual"]
     expected = "backbone broken: there is no such cache: train it"
     assert f"FAILED 02_needs_too: {expected}" in capsys.readouterr().out
 

@@ -74,7 +74,7 @@ from lt_core.report.sensitivity import (
     temperature_and_k,
     temperature_and_k_heatmaps,
 )
-from lt_core.report.systems import TRAINED
+from lt_core.report.systems import trained_systems
 from lt_core.report.tables import (
     Row,
     build_table,
@@ -102,7 +102,7 @@ from lt_core.report.umap_figure import (
 __all__ = [
     "FURTHER",
     "SECOND_STAGES",
-    "TRAINED",
+    "trained_systems",
     "fit_times",
     "second_stage_rows",
     "IMAGES",

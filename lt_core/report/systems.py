@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lt_core.backbones import load_seeds
 from lt_core.baselines import BASELINES, Stage1, tune
 from lt_core.errors import InputError, unknown
 from lt_core.features import FeatureCache
 from lt_core.methods import learned
+from lt_core.profiles import load_profile
 
 NAMES = {
     "lws": "LWS",
@@ -32,6 +34,12 @@ TRAINED = {
     "imagenet_lt": {name: name for name in ("causal_norm", "rsg", "lade", "ldam_drw")},
     "places_lt": {"rsg": "places_rsg", "lade": "places_lade"},
 }
+
+
+def trained_systems(profile: str, role: str, seed: int = 0) -> dict[str, list[FeatureCache]]:
+    """System -> the caches of its own backbone, one a seed, for the systems that the profile trains."""
+    known = load_profile(profile).backbones
+    return {s: load_seeds(profile, name, seed) for s, name in TRAINED[role].items() if name in known}
 
 
 def system_of(printed_row: str) -> str:
