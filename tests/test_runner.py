@@ -83,7 +83,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for lt_core.backbones that can make every cache but that of `continual`, of `uniform` three seeds."""
+    """A stand-in for lt_core.backbones: `continual` has no cache, `uniform` three seeds."""
 
     def cache_folder(profile: str, backbone: str, seed: int) -> Path:
         return tmp_path / "caches" / backbone / f"seed{seed}"
@@ -335,7 +335,7 @@ def test_a_missing_cache_fails_its_notebooks_only(
     assert runner.run(options()) == 1
     assert no_kernel == ["03_does_not"]
     assert [backbone for _, backbone, _ in fake_backbones.asked] == ["sqrt", "continual"]
-    expected = "backbone broken: there is no such cache: train it"
+    expected = "backbone continual: there is no such cache: train it"
     assert f"FAILED 02_needs_too: {expected}" in capsys.readouterr().out
 
 
