@@ -48,7 +48,7 @@ from lt_core.models import (
 )
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
 from lt_core.rsg import RSG
-from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
+from lt_core.train import Machine, extract_features, fit, load_checkpoint, save_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
 Say = Callable[[str], None]
@@ -94,8 +94,17 @@ def ensure(
 
 
 def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = None) -> FeatureCache:
-    """The feature cache of one backbone and seed (trained first where the profile does that)."""
-    return load_cache(ensure(profile, backbone, seed, data_root))
+    """The feature cache of one backbone and seed (trained first where the profile does that).
+
+    Raises CacheError for a damaged one and for one that was moved here from another place.
+    """
+    folder = ensure(profile, backbone, seed, data_root)
+    cache = load_cache(folder)
+    stated = {key: cache.meta.get(key) for key in ("dataset", "backbone", "seed")}
+    wanted = {"dataset": load_profile(profile).dataset_of(backbone), "backbone": backbone, "seed": seed}
+    if stated != wanted:
+        raise CacheError(f"{folder} holds the cache of {stated}: move it back, or delete it and make it again")
+    return cache
 
 
 def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
@@ -193,10 +202,15 @@ def write_cache(
     accuracies = {"last": _accuracies(cache)}
     _refuse_chance(accuracies["last"]["val"]["classifier"]["many"], len(job.kept))
     if best is not None:
-        saved = load_checkpoint(best)
-        job.model.load_state_dict(saved["model"])
+        try:
+            saved = load_checkpoint(best)
+            job.model.load_state_dict(saved["model"])
+            more["epoch_of_best"] = saved["epoch"]
+        except (CacheError, KeyError, RuntimeError, TypeError):
+            raise CacheError(
+                f"{best} is not a whole checkpoint of this run: delete {best.parent} to train again"
+            ) from None
         accuracies["best_on_validation"] = _accuracies(extract(job))
-        more["epoch_of_best"] = saved["epoch"]
     meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
     stored = {split: cache.splits[split] for split in job.backbone.splits_of(job.seed)}
     save_cache(folder, replace(cache, meta=meta, splits=stored), _same_features(job, folder, stored))
@@ -225,7 +239,7 @@ def _start(
         weights = pretrain(profile, backbone.start, seed, data_root, say)
         try:
             network.load_state_dict(load_checkpoint(weights)["backbone"])
-        except (KeyError, RuntimeError):
+        except (KeyError, RuntimeError, TypeError):
             raise CacheError(f"{weights} does not fit the network {backbone.network}: delete it") from None
 
 
@@ -247,8 +261,7 @@ def pretrain(profile: Profile, name: str, seed: int, data_root: str | None = Non
         loss = build_loss("cross_entropy", data.counts)
         history = fit(Model(network, head), data, recipe, "uniform", loss, seed, run, say=say)
         _refuse_chance(history[-1]["val_accuracy"], data.num_classes)
-        with paths.atomic(weights) as temporary:
-            torch.save({"backbone": network.state_dict()}, temporary)
+        save_checkpoint(weights, {"backbone": network.state_dict()})
     return weights
 
 
@@ -456,7 +469,7 @@ def extract_command(
     job = prepare(load_profile(profile), backbone, saved.get("seed", 0), data_root)
     try:
         job.model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError, TypeError):
         raise CacheError(f"{checkpoint} is not a checkpoint of {profile}/{backbone}") from None
     write_cache(job, Path(out), history=saved.get("history"))
     print(f"{_one_line(read_meta(Path(out)))}; cache in {out}")

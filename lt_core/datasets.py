@@ -16,6 +16,7 @@ import json
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ from lt_core.profiles import load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
+# What damaged archives raise: beside the libraries' own errors zlib's, EOFError, and RuntimeError (encrypted,
+# unknown compression) and the ValueErrors of headers.
+ARCHIVE_ERRORS = (
+    *(OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+    *(EOFError, KeyError, ValueError, RuntimeError),
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class ImageSource:
             else:
                 self._archive = tarfile.open(self.path)  # noqa: SIM115 (closed with the source)
                 self._members = {member.name: member for member in self._archive if member.isfile()}
-        except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except ARCHIVE_ERRORS as error:
             raise DataError(f"{self.path} cannot be read: {error}") from None
         if not self.path.is_dir():
             self.names = {n.removeprefix(self._prefix) for n in self._members if n.startswith(self._prefix)}
@@ -183,7 +190,7 @@ class ImageSource:
                 if isinstance(self._archive, zipfile.ZipFile):
                     return self._archive.read(member)
                 return self._archive.extractfile(member).read()
-        except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        except ARCHIVE_ERRORS as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error}") from None
 
     def stamp(self) -> list:
@@ -232,10 +239,11 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
 def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        # Mapped first: a header that claims more than the file holds claims no memory.
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError):
         return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
+    return np.array(images) if images.shape == shape and images.dtype == np.uint8 else None
 
 
 # ---------------------------------------------------------------- the data sets

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lt_core import paths
@@ -129,7 +129,7 @@ def save_cache(folder: Path, cache: FeatureCache, features_of: str | None = None
     with paths.atomic(folder / TENSORS) as temporary:
         # Copies, for the format takes no two tensors that share memory, as weights and prototypes may.
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        save_file(copies, temporary)
+        temporary.write_bytes(save(copies))
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
     if features_of:
         sha256 = read_meta(folder.parent / features_of)["sha256"]

@@ -176,7 +176,7 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lt_core.features.save_file", fail)
+    monkeypatch.setattr("lt_core.features.save", fail)
     with pytest.raises(OSError, match="No space left"):
         save_cache(tmp_path, make_cache(scale=3.0))
     with pytest.raises(CacheError, match="there is no feature cache"):
