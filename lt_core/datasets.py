@@ -193,6 +193,13 @@ class ImageSource:
         except ARCHIVE_ERRORS as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error}") from None
 
+    def text(self, name: str) -> str:
+        """Content of a text file; raises DataError naming it when it is missing or not UTF-8."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} in {self.path} is not text: {error}") from None
+
     def stamp(self) -> list:
         """What changes when the files do: path, size and time of change."""
         files = [self.path / n for n in sorted(self.names)] if self.path.is_dir() else [self.path]
@@ -300,10 +307,8 @@ def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[s
 
 def tiny_imagenet_classes(source: ImageSource) -> tuple[list[str], list[str]]:
     """Tiny-ImageNet's wnids in the order of wnids.txt and the first English name of each."""
-    wnids = source.read("wnids.txt").decode().split()
-    words = dict(
-        line.split("\t", 1) for line in source.read("words.txt").decode().splitlines() if "\t" in line
-    )
+    wnids = source.text("wnids.txt").split()
+    words = dict(line.split("\t", 1) for line in source.text("words.txt").splitlines() if "\t" in line)
     return wnids, [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
 
 
@@ -315,8 +320,12 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
         if parts[0] == "train" and len(parts) == 4 and parts[1] in folders:
             folders[parts[1]].append(name)
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    annotations = source.read("val/val_annotations.txt").decode().splitlines()
-    test = [(f"val/images/{line.split()[0]}", label_of[line.split()[1]]) for line in annotations]
+    test = []
+    for number, line in enumerate(source.text("val/val_annotations.txt").splitlines(), start=1):
+        image, wnid = [*line.split(), "", ""][:2]
+        if wnid not in label_of:
+            raise DataError(f"val_annotations.txt in {source.path}, line {number}: no known class in {line!r}")
+        test.append((f"val/images/{image}", label_of[wnid]))
     return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
 
 
