@@ -103,7 +103,9 @@ def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = Non
     stated = {key: cache.meta.get(key) for key in ("dataset", "backbone", "seed")}
     wanted = {"dataset": load_profile(profile).dataset_of(backbone), "backbone": backbone, "seed": seed}
     if stated != wanted:
-        raise CacheError(f"{folder} holds the cache of {stated}: move it back, or delete it and make it again")
+        raise CacheError(
+            f"{folder} holds the cache of {stated}: move it back, or delete it and make it again"
+        )
     return cache
 
 

@@ -324,7 +324,9 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
     for number, line in enumerate(source.text("val/val_annotations.txt").splitlines(), start=1):
         image, wnid = [*line.split(), "", ""][:2]
         if wnid not in label_of:
-            raise DataError(f"val_annotations.txt in {source.path}, line {number}: no known class in {line!r}")
+            raise DataError(
+                f"val_annotations.txt in {source.path}, line {number}: no known class in {line!r}"
+            )
         test.append((f"val/images/{image}", label_of[wnid]))
     return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
 

@@ -82,7 +82,8 @@ def atomic(target: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        error.filename = error.filename or str(target)  # a failed write does not say where
+        if error.filename is None:  # a failed write does not say where
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from None
         raise
     finally:
         temporary.unlink(missing_ok=True)

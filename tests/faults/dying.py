@@ -1,7 +1,7 @@
 """Processes that die, or meet a full disk, at a chosen moment.
 
-    python dying.py FOLDER WORD NUMBER COMMAND...    lt_core COMMAND, killed at its NUMBERth use of a file
-                                                     below FOLDER with WORD in its name
+python dying.py FOLDER WORD NUMBER COMMAND...    lt_core COMMAND, killed at its NUMBERth use of a file
+                                                 below FOLDER with WORD in its name
 """
 
 import os

@@ -122,7 +122,16 @@ def run_fit(run: Path, seed: int = 0, classes: int = 10) -> None:
 
     data = load_dataset("digits")
     model = Model(build_backbone("digits_net"), build_classifier("cosine", 64, classes))
-    fit(model, data, RECIPE, "uniform", build_loss("cross_entropy", data.counts), seed, run, say=lambda _: None)
+    fit(
+        model,
+        data,
+        RECIPE,
+        "uniform",
+        build_loss("cross_entropy", data.counts),
+        seed,
+        run,
+        say=lambda _: None,
+    )
 
 
 @pytest.fixture(scope="module")
