@@ -292,7 +292,7 @@ def _as_printed(results: list[dict[str, str]]) -> list[list[str]]:
     for one in results:
         printed, ours = (f"{float(one[key]):.1f}" if one[key] else "–" for key in ("published", "reproduced"))
         values.setdefault(one["row"], {})[one["group"]] = f"{printed} → {ours}"
-    lines = [[row.split(" / ")[-1], *map(cells.get, groups)] for row, cells in values.items()]
+    lines = [[row.split(" / ")[-1], *(cells.get(g, "") for g in groups)] for row, cells in values.items()]
     return [["", *groups], *lines]
 
 
