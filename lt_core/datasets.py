@@ -232,10 +232,10 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
 def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
     try:
-        images = np.load(path, allow_pickle=False)
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what a header claims
     except (OSError, ValueError, EOFError):
         return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
+    return np.array(mapped) if mapped.shape == shape and mapped.dtype == np.uint8 else None
 
 
 # ---------------------------------------------------------------- the data sets
