@@ -10,6 +10,7 @@ by a note.
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import os
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 TEMPLATES = paths.PACKAGE / "site_template"
 LONG_OUTPUT_LINES = 20  # longer printed output is folded
 THUMBNAIL_PIXELS = 640
+MINIATURE = (9, 5)  # rows and columns of a table that its card shows
 KINDS = {"T": "Table", "F": "Figure", "S": "Table S"}
 SHOWN_FIRST = [
     "text/html",
@@ -255,14 +257,43 @@ def _pictures(record: Record, figures: Path, reports: Path) -> list[dict[str, An
 
 
 def _tables(record: Record, figures: Path, reports: Path) -> list[dict[str, Any]]:
-    """The tables that a notebook made: CSV files without a picture of the same name."""
+    """The tables that a notebook made: CSV files without a picture of the same name, each in miniature."""
     pictured = {Path(name).stem for name in record.produces if name.endswith((".png", ".svg"))}
     stems = dict.fromkeys(Path(name).stem for name in record.produces if name.endswith((".csv", ".md")))
     return [
-        {"name": name_of(stem), "record": record, "files": files}
+        {
+            "name": name_of(stem),
+            "record": record,
+            "files": files,
+            "miniature": miniature(figures / f"{stem}.csv"),
+        }
         for stem in stems
         if stem not in pictured and (files := _files(record, stem, figures, reports))
     ]
+
+
+def miniature(path: Path) -> list[list[str]]:
+    """The upper left corner of a CSV table, head first; results as printed -> reproduced values."""
+    if not path.is_file():
+        return []
+    rows, columns = MINIATURE
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.reader(file) if line]
+    if lines and {"row", "group", "published", "reproduced", "rule"} <= set(lines[0]):
+        lines = _as_printed([dict(zip(lines[0], line, strict=False)) for line in lines[1:]])
+    return [line[:columns] for line in lines[:rows]]
+
+
+def _as_printed(results: list[dict[str, str]]) -> list[list[str]]:
+    """Long results as the paper prints them: a line for each row, a column for each group."""
+    results = [one for one in results if one["rule"] == results[0]["rule"]]
+    groups = list(dict.fromkeys(one["group"] for one in results))
+    values: dict[str, dict[str, str]] = {}
+    for one in results:
+        printed, ours = (f"{float(one[key]):.1f}" if one[key] else "–" for key in ("published", "reproduced"))
+        values.setdefault(one["row"], {})[one["group"]] = f"{printed} → {ours}"
+    lines = [[row.split(" / ")[-1], *(cells.get(g, "") for g in groups)] for row, cells in values.items()]
+    return [["", *groups], *lines]
 
 
 def _files(record: Record, stem: str, figures: Path, reports: Path) -> list[tuple[str, str]]:
@@ -291,8 +322,6 @@ def thumbnail(path: Path) -> str:
 
 def claim_counts(path: Path) -> dict[str, int]:
     """How many claims hold, fail, are untestable; empty when they have not been tested."""
-    import csv
-
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8", newline="") as file:

@@ -197,8 +197,13 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     figures.mkdir(parents=True)
     reports.mkdir(parents=True)
     described_png(figures / "F2.png", "accuracy of two <methods>")
-    for name in ("F2.svg", "F2.csv", "T1.csv", "T1.md", "S1.csv"):
+    for name in ("F2.svg", "F2.csv", "T1.md", "S1.csv"):
         (figures / name).write_text("x")
+    (figures / "T1.csv").write_text(
+        "table,row,group,published,reproduced,rule\n"
+        "T1,Cosine,many,68.5,46.06,paper\nT1,Cosine,few,20.6,6.49,paper\n"
+        "T1,LWS,many,,44.38,paper\nT1,LWS,few,,,paper\nT1,LWS,many,60.2,43.9,common\n"
+    )
     (figures / "claims.csv").write_text("claim,verdict\n1,holds\n2,holds\n3,fails\n")
     (reports / "01_main.html").write_text("x")
     made = ["T1.csv", "T1.md", "S1.csv", "F2.png", "F2.svg", "F2.csv", "gone.csv"]
@@ -221,6 +226,8 @@ def test_index_shows_everything_that_was_made(index: str) -> None:
     for name in ("Table 1", "Table S1", "Figure 2"):
         assert f'<a href="01_main.html">{name}</a>' in index
     assert "Table 2" not in index and "gone" not in index
+    for line in (("", "many", "few"), ("Cosine", "68.5 → 46.1", "20.6 → 6.5"), ("LWS", "– → 44.4", "– → –")):
+        assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" in index
     assert "small &amp; quick" in index
     assert "<strong>2</strong> hold, <strong>1</strong> fail" in index
     assert "KeyError: &#39;x&#39; (cell 4)" in index

@@ -1,8 +1,4 @@
-"""Processes that die, or meet a full disk, at a chosen moment.
-
-python dying.py FOLDER WORD NUMBER COMMAND...    lt_core COMMAND, killed at its NUMBERth use of a file
-                                                 below FOLDER with WORD in its name
-"""
+"""Forked processes that die, or meet a full disk, at a chosen moment of a write."""
 
 import os
 import resource
@@ -38,7 +34,7 @@ def kill_me() -> None:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process: 0 if it ended well, 3 after an OSError, 4 after another, -9 if killed."""
+    """Run `work` in a forked process: 0 if all was well, 3 after an OSError, 4 after another error, or -9."""
     child = os.fork()
     if not child:
         status = 4
@@ -56,10 +52,3 @@ def forked(work: Callable[[], None]) -> int:
 def limit_files(size: int) -> None:
     """From here on no file of this process can grow beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-if __name__ == "__main__":
-    at_file_use(Path(sys.argv[1]), int(sys.argv[3]), kill_me, sys.argv[2])
-    from lt_core.cli import main
-
-    sys.exit(main(sys.argv[4:]))

@@ -1,4 +1,4 @@
-"""Every public function with every kind of awkward array: a finite result or an error that names the argument."""
+"""The public functions with every kind of awkward array: a finite result or one clear error."""
 
 import numpy as np
 import pytest

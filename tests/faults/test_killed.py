@@ -1,137 +1,167 @@
-"""Killed in the middle of things: a plain rerun ends with what an undisturbed run gives."""
+"""Processes that are killed: a plain rerun ends with what an undisturbed run gives."""
 
+from __future__ import annotations
+
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
+import psutil
 import pytest
 
 from lt_core import paths
-from lt_core.features import META, TENSORS, load_cache
+from lt_core.errors import CacheError
+from lt_core.features import load_cache, read_meta
 from lt_core.notebooks import Record
 
-HERE = Path(__file__).parent
-
-
-def command(root: Path, *words: str, die: tuple[str, int] = ("no such file", 1)) -> subprocess.Popen:
-    """`python -m lt_core WORDS`, killed at the n-th use of a file with a word in its name."""
-    program = [sys.executable, str(HERE / "dying.py"), str(root), die[0], str(die[1]), *words]
-    environment = os.environ | {
-        "LT_OUTPUT_ROOT": str(root),
-        "PYTHONPATH": str(paths.ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
+KILLER = Path(__file__).with_name("killed_writer.py")
 TRAIN = ("train", "--profile", "digits", "--backbone", "sqrt")
-# Uses of a file: made, written, opened to be synchronised, given its rights, put in its place.
-DEATHS = [
-    ("training, a checkpoint begun", "last.pt", 12),
-    ("training, the best checkpoint in the making", "best.pt", 9),
-    ("training, a log in the making", "history.jsonl", 20),
-    ("extraction", "best.pt", 40),
-    ("cache writing, the tensors in the making", TENSORS, 2),
-    ("cache writing, the description in the making", META, 4),
-]
+CACHE = Path("caches/digits/sqrt/seed0")
+# Each at its first write in a process, one process after the other: each finds what the one before left.
+WRITES = (
+    ("last.pt", "opened"),
+    ("last.pt", "half"),
+    ("best.pt", "half"),
+    ("last.pt", "replaced"),
+    ("history.jsonl", "written"),
+    ("history.jsonl", "replaced"),
+    ("features.safetensors", "opened"),
+    ("features.safetensors", "half"),
+    ("features.safetensors", "replaced"),
+    ("meta.json", "half"),
+    ("meta.json", "written"),
+)
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_training_extraction_and_cache_writing(tmp_path, tried):
-    killed = tmp_path / "killed"
-    for where, name, number in DEATHS:
-        process = command(killed, *TRAIN, die=(name, number))
-        output = process.communicate(timeout=300)[0]
-        if where == "extraction" and process.returncode == 0:
-            pytest.fail(f"it was not killed: {output[-500:]}")
-        assert process.returncode == -signal.SIGKILL, (where, output[-500:])
-        folder = killed / "caches" / "digits" / "sqrt" / "seed0"
-        assert not (folder / META).exists(), where
-        tried(f"killed: {where}")
-    for root in (killed, tmp_path / "whole"):
-        process = command(root, *TRAIN)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-    place = Path("caches") / "digits" / "sqrt" / "seed0"
-    one, two = killed / place, tmp_path / "whole" / place
-    assert (one / TENSORS).read_bytes() == (two / TENSORS).read_bytes()
-    metas = [load_cache(folder).meta for folder in (one, two)]
-    for key in ("history", "accuracies", "epoch_of_best"):
-        assert metas[0][key] == metas[1][key], key
+def content_of(folder: Path) -> dict[str, object]:
+    """What a cache holds, without what differs between two runs by nature."""
+    meta = read_meta(folder)
+    return {key: value for key, value in meta.items() if key not in ("seconds", "date")}
 
 
-def write_notebook(folder: Path, seconds: float = 0) -> None:
-    """One notebook that writes a file, waits, and writes another."""
-    import nbformat
+def test_training_killed_at_each_of_its_writes(
+    tmp_path: Path, command: Callable, tried: Callable[..., None]
+) -> None:
+    assert command(*TRAIN, out=tmp_path / "whole").returncode == 0
+    out = tmp_path / "killed"
+    for file, moment in WRITES:
+        done = command(file, moment, *TRAIN, out=out, script=KILLER)
+        assert done.returncode == -signal.SIGKILL, (file, moment, done.stderr)
+        with pytest.raises(CacheError):  # nothing half-written is taken for whole
+            load_cache(out / CACHE)
+        tried("killed while training writes")
+    assert command(*TRAIN, out=out).returncode == 0
+    assert content_of(out / CACHE) == content_of(tmp_path / "whole" / CACHE)
+    assert sorted(path.name for path in (out / CACHE).glob("[!.]*")) == ["features.safetensors", "meta.json"]
 
-    write = "(folder / '{}').write_text(f'{{profile}} {{seed}}')"
+
+def test_extraction_killed_at_each_of_its_writes(
+    tmp_path: Path, command: Callable, tried: Callable[..., None]
+) -> None:
+    assert command(*TRAIN, out=tmp_path).returncode == 0
+    (checkpoint,) = tmp_path.glob("runs/digits/sqrt/*/last.pt")
+    words = ("extract", *TRAIN[1:], "--checkpoint", str(checkpoint), "--out")
+    assert command(*words, str(tmp_path / "whole"), out=tmp_path).returncode == 0
+    again = tmp_path / "again"
+    for file in ("features.safetensors", "meta.json"):
+        for moment in ("half", "written"):
+            done = command(file, moment, *words, str(again), out=tmp_path, script=KILLER)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            with pytest.raises(CacheError):
+                load_cache(again)
+            tried("killed while extraction writes")
+    assert command(*words, str(again), out=tmp_path).returncode == 0
+    assert content_of(again) == content_of(tmp_path / "whole")
+
+
+# --- Notebooks and reports -----------------------------------------------------------------------------
+
+PARAMETERS = 'profile = "digits"\nseed = 0'
+FIGURE = """
+import time
+from lt_core import paths
+folder = paths.figures(profile)
+with paths.atomic(folder / "A.csv") as temporary:
+    temporary.write_text("a,b\\n1,2\\n")
+(paths.output_root() / "drawing").touch()
+time.sleep(SECONDS)
+"""
+
+
+def write_notebook(folder: Path, seconds: float) -> None:
+    """A notebook that writes A.csv and then takes its time."""
     cells = [
-        nbformat.v4.new_markdown_cell("# A notebook", id="title"),
-        nbformat.v4.new_code_cell(
-            'profile = "digits"\nseed = 0', id="parameters", metadata={"tags": ["parameters"]}
-        ),
-        nbformat.v4.new_code_cell(
-            "import time\nfrom lt_core import paths\nfolder = paths.figures(profile)\n"
-            f"folder.mkdir(parents=True, exist_ok=True)\n{write.format('T1.csv')}\ntime.sleep({seconds})\n"
-            f"{write.format('T2.csv')}",
-            id="work",
-        ),
+        nbformat.v4.new_markdown_cell("# A table", id="title"),
+        nbformat.v4.new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(FIGURE.replace("SECONDS", str(seconds)), id="table"),
     ]
+    declared = {"produces": ["A.csv"], "backbones": [], "reads": []}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    declared = {"produces": ["T1.csv", "T2.csv"], "backbones": [], "reads": []}
+    folder.mkdir(exist_ok=True)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "lt_core": declared})
-    folder.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, folder / "01_a.ipynb")
+    nbformat.write(notebook, folder / "01_table.ipynb")
 
 
-@pytest.mark.slow
-def test_notebook_execution_and_report_building(tmp_path, tried):
-    """The real runner and a real notebook; `paths.NOTEBOOKS` is that of a small checkout."""
-    checkout, root = tmp_path / "checkout", tmp_path / "out"
-    write_notebook(checkout / "notebooks", seconds=2)
-    (checkout / "lt_core").symlink_to(paths.ROOT / "lt_core")
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import dying\n"
-        "from lt_core import cli, paths; paths.NOTEBOOKS = Path(sys.argv[2])\n"
-        "dying.at_file_use(paths.output_root(), int(sys.argv[4]), dying.kill_me, sys.argv[3])\n"
-        "sys.exit(cli.main(['notebooks', '--profile', 'digits']))"
-    )
-    environment = os.environ | {"LT_OUTPUT_ROOT": str(root), "PYTHONPATH": str(paths.ROOT)}
+RUN = ("notebooks", "--profile", "digits")
 
-    def start(word: str, number: int) -> subprocess.Popen:
-        words = [sys.executable, "-c", program, str(HERE), str(checkout / "notebooks"), word, str(number)]
-        return subprocess.Popen(
-            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
 
-    first = root / "figures" / "digits" / "T1.csv"
-    process = start("no such file", 1)
-    deadline = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    assert Record.load(root / "reports" / "digits", "01_a").status == "running"
-    tried("killed: notebook execution")
-    for where, word, number in (
-        ("a report in the making", ".01_a.html", 2),
-        ("the index in the making", ".index.html", 2),
-    ):
-        process = start(word, number)
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == -signal.SIGKILL, output
-        tried(f"killed: report building, {where}")
-    process = start("no such file", 1)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    for name in ("T1.csv", "T2.csv"):
-        assert (root / "figures" / "digits" / name).read_text() == "digits 0"
-    reports = root / "reports" / "digits"
-    assert Record.load(reports, "01_a").status == "ok"
-    for name in ("01_a.html", "index.html"):
-        assert (reports / name).read_text(encoding="utf-8").rstrip().endswith("</html>")
+def test_reports_killed_at_each_of_their_writes(
+    tmp_path: Path, command: Callable, monkeypatch: pytest.MonkeyPatch, tried: Callable[..., None]
+) -> None:
+    write_notebook(tmp_path / "notebooks", seconds=0)
+    monkeypatch.setenv("FAULTS_NOTEBOOKS", str(tmp_path / "notebooks"))
+    for file in ("01_table.json", "01_table.html", "index.html"):
+        for moment in ("half", "replaced"):
+            done = command(file, moment, *RUN, out=tmp_path, script=KILLER)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            tried("killed while a report is written")
+    reports = tmp_path / "reports" / "digits"
+    done = command("nothing", "half", *RUN, out=tmp_path, script=KILLER)
+    assert (done.returncode, Record.load(reports, "01_table").status) == (0, "ok"), done.stderr
+    for page in ("01_table.html", "index.html"):
+        assert (reports / page).read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert (tmp_path / "figures/digits/A.csv").read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("victim", ["kernel", "papermill", "runner"])
+def test_killed_while_a_notebook_runs(
+    victim: str,
+    tmp_path: Path,
+    command: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tried: Callable[..., None],
+) -> None:
+    write_notebook(tmp_path / "notebooks", seconds=60)
+    monkeypatch.setenv("FAULTS_NOTEBOOKS", str(tmp_path / "notebooks"))
+    environment = os.environ | {"LT_OUTPUT_ROOT": str(tmp_path), "PYTHONPATH": str(paths.ROOT)}
+    words = [sys.executable, str(KILLER), "nothing", "half", *RUN]
+    runner = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "drawing").exists():
+        assert time.monotonic() < deadline and runner.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(runner.pid).children(recursive=True)
+    names = {"kernel": "ipykernel_launcher", "papermill": "papermill"}
+    named = {name: [p for p in family if word in p.cmdline()] for name, word in names.items()}
+    (runner if victim == "runner" else named[victim][0]).kill()
+    output = runner.communicate(timeout=120)[0].decode()
+    if victim != "runner":
+        assert runner.returncode == 1 and "FAILED 01_table" in output and "out of memory?" in output
+    _, alive = psutil.wait_procs(family, timeout=90)
+    assert not alive, "a process outlived the runner"
+    tried(f"{victim} killed while a notebook runs")
+
+    write_notebook(tmp_path / "notebooks", seconds=0)
+    done = command("nothing", "half", *RUN, out=tmp_path, script=KILLER)
+    reports = tmp_path / "reports" / "digits"
+    assert (done.returncode, Record.load(reports, "01_table").status) == (0, "ok"), done.stdout
+    assert "time.sleep(0)" in json.dumps(nbformat.read(reports / "01_table.ipynb", 4))
+    assert not list(reports.glob(".*running*"))

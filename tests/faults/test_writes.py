@@ -5,7 +5,6 @@ part; and writing again gives what an undisturbed write gives.
 """
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,33 +209,3 @@ def test_disk_full_at_any_byte(writer, kind, tmp_path, tried):
         tried(f"disk full while writing: {kind}")
         limit = 2 * limit + 7
     assert limit > 7
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_file_system_that_is_really_full(small_disk, tried):
-    save_cache(small_disk / "cache", cache(0))
-    save_checkpoint(small_disk / "last.pt", {"epoch": 0})
-    filling = small_disk / "filling"
-    with pytest.raises(OSError, match="No space left"):
-        filling.write_bytes(bytes(2**17))
-    with pytest.raises(OSError, match=r"No space left on device: .*last\.pt"):
-        save_checkpoint(small_disk / "last.pt", {"epoch": 1, "x": torch.ones(2000)})
-    assert load_checkpoint(small_disk / "last.pt")["epoch"] == 0
-    with pytest.raises(OSError, match=r"No space left on device: .*features\.safetensors"):
-        save_cache(small_disk / "cache", cache(1))
-    assert read_cache(small_disk / "cache") is None
-    filling.unlink()
-    save_cache(small_disk / "cache", cache(1))
-    assert read_cache(small_disk / "cache") == 1 and not list(small_disk.rglob("*.tmp"))
-    tried("disk full: a file system without space", 2)

@@ -1,8 +1,5 @@
-"""Truncated, bit-flipped, renamed and hostile files: one clear error, or the right content; nothing runs."""
+"""Files of something else, damaged archives and annotations: one clear error, or the right content."""
 
-import json
-import pickle
-import resource
 import shutil
 import struct
 import tarfile
@@ -18,8 +15,7 @@ from test_writes import cache
 from lt_core import backbones, paths
 from lt_core.datasets import ImageSource, decode_split, tiny_imagenet_classes, tiny_imagenet_lists
 from lt_core.errors import CacheError, DataError
-from lt_core.estimator import CompositionalTransferClassifier
-from lt_core.features import META, TENSORS, _sha256, load_cache, save_cache
+from lt_core.features import save_cache
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.profiles import Recipe
@@ -31,71 +27,6 @@ def damaged(content: bytes, number: int) -> list[tuple[str, bytes]]:
     places = sorted({int(place) for place in np.linspace(0, len(content) - 1, number)})
     flips = [content[:p] + bytes([content[p] ^ (1 << p % 8)]) + content[p + 1 :] for p in places]
     return [("truncated", content[:p]) for p in places] + [("bit flipped", one) for one in flips]
-
-
-def memory() -> int:
-    """Peak memory of this process in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "exploded"
-
-    def __reduce__(self) -> tuple:
-        return (Path.mkdir, (self.folder,))
-
-
-# ---------------------------------------------------------------- feature caches
-
-
-def test_damaged_feature_caches(tmp_path, tried):
-    save_cache(tmp_path, cache(0))
-    whole = load_cache(tmp_path)
-    content = (tmp_path / TENSORS).read_bytes()
-    for kind, broken in damaged(content, 60):
-        (tmp_path / TENSORS).write_bytes(broken)
-        with pytest.raises(CacheError, match="does not have the hash"):
-            load_cache(tmp_path)
-        tried(f"{kind}: feature cache")
-    (tmp_path / TENSORS).write_bytes(content)
-    for kind, broken in damaged((tmp_path / META).read_bytes(), 120):
-        (tmp_path / META).write_bytes(broken)
-        try:
-            loaded = load_cache(tmp_path)
-        except CacheError as error:
-            assert "\n" not in str(error)
-        else:  # a flip within a name
-            assert torch.equal(loaded.weights, whole.weights)
-            assert torch.equal(loaded.features("test"), whole.features("test"))
-        tried(f"{kind}: description of a feature cache")
-
-
-HUGE = {"weights": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
-HEADERS = {
-    "absurd length of the header": struct.pack("<Q", 2**62) + b"{}",
-    "absurd shape": (lambda text: struct.pack("<Q", len(text)) + text)(json.dumps(HUGE).encode()),
-    "no header": b"",
-    "nested header": struct.pack("<Q", 10**5) + b"[" * 10**5,
-}
-
-
-@pytest.mark.parametrize("name", HEADERS)
-def test_hostile_safetensors_with_the_right_hash_claim_no_memory(name, tmp_path, tried):
-    save_cache(tmp_path, cache(0))
-    (tmp_path / TENSORS).write_bytes(HEADERS[name])
-    meta = json.loads((tmp_path / META).read_text()) | {"sha256": _sha256(tmp_path / TENSORS)}
-    (tmp_path / META).write_text(json.dumps(meta))
-    (tmp_path / "model").write_bytes(HEADERS[name])
-    before = memory()
-    with pytest.raises(CacheError):
-        load_cache(tmp_path)
-    with pytest.raises(CacheError):
-        CompositionalTransferClassifier.load(tmp_path / "model")
-    assert memory() - before < 64
-    tried(f"hostile: safetensors, {name}", 2)
 
 
 def test_a_cache_under_another_name_is_not_taken_for_it(tmp_path, monkeypatch, tried):
@@ -141,22 +72,6 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_damaged_checkpoints(finished, tmp_path, tried):
-    content = (finished / "last.pt").read_bytes()
-    whole = load_checkpoint(finished / "last.pt")["model"]
-    path = tmp_path / "last.pt"
-    for kind, broken in damaged(content, 60):
-        path.write_bytes(broken)
-        try:
-            found = load_checkpoint(path)["model"]
-        except CacheError as error:
-            assert "delete it to start again" in str(error)
-        else:  # a flip in what fills the gaps between the tensors
-            assert kind == "bit flipped"
-            assert all(torch.equal(found[name], value) for name, value in whole.items())
-        tried(f"{kind}: checkpoint")
-
-
 def test_checkpoints_of_something_else_are_refused(finished, tmp_path, tried):
     state = load_checkpoint(finished / "last.pt")
     others = {
@@ -178,38 +93,6 @@ def test_checkpoints_of_something_else_are_refused(finished, tmp_path, tried):
     run_fit(tmp_path)  # its own is taken
 
 
-# ---------------------------------------------------------------- pickle bombs
-
-
-def test_no_pickle_bomb_goes_off(tmp_path, monkeypatch, tried):
-    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "out"))
-    bombs = {"pickle": pickle.dumps(Bomb(tmp_path))}
-    torch.save({"model": Bomb(tmp_path)}, tmp_path / "b.pt")
-    torch.save({"model": Bomb(tmp_path)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    np.save(tmp_path / "b.npy", np.array([Bomb(tmp_path)], dtype=object), allow_pickle=True)
-    bombs |= {name: (tmp_path / name).read_bytes() for name in ("b.pt", "old.pt", "b.npy")}
-    save_cache(tmp_path / "cache", cache(0))
-    description = json.loads((tmp_path / "cache" / META).read_text())
-    for content in bombs.values():
-        file = tmp_path / "file"
-        file.write_bytes(content)
-        (tmp_path / "cache" / TENSORS).write_bytes(content)
-        meta = description | {"sha256": _sha256(file)}
-        (tmp_path / "cache" / META).write_text(json.dumps(meta))
-        for read in (
-            lambda: load_cache(tmp_path / "cache"),
-            lambda: CompositionalTransferClassifier.load(tmp_path / "file"),
-            lambda: load_checkpoint(tmp_path / "file"),
-            lambda: backbones.extract_command("digits", "sqrt", tmp_path / "file", tmp_path / "extracted"),
-        ):
-            with pytest.raises(CacheError):
-                read()
-            tried("hostile: pickle bomb")
-        check_decoded(tmp_path, content)
-        tried("hostile: pickle bomb")
-    assert not (tmp_path / "exploded").exists() and not (tmp_path / "extracted").exists()
-
-
 # ---------------------------------------------------------------- decoded images
 
 
@@ -222,9 +105,8 @@ def check_decoded(folder: Path, content: bytes) -> None:
     (path,) = (paths.decoded() / "decoded").glob("*.npy")
     whole = path.read_bytes()
     path.write_bytes(content)
-    before = memory()
     assert (decode_split(*arguments).images == 9).all()
-    assert memory() - before < 64 and path.read_bytes() == whole
+    assert path.read_bytes() == whole
     path.unlink()
 
 
@@ -281,29 +163,6 @@ def test_damaged_archives(kind, tmp_path, tried):
         except DataError as error:
             assert "pets" in str(error) and "\n" not in str(error)
         tried(f"{what}: {kind}")
-
-
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_archives_do_not_reach_out_of_the_data_root(kind, tmp_path, tried):
-    root = tmp_path / "data"
-    root.mkdir()
-    (tmp_path / "secret").write_text("secret")
-    names = ["pets/../../secret", "../secret", str(tmp_path / "written"), "pets/a"]
-    path = pack(root, kind, names, b"harmless")
-    if kind == "tar":
-        with tarfile.open(path, "a") as archive:
-            for number, target in enumerate(("../../secret", str(tmp_path / "secret"))):
-                link = tarfile.TarInfo(f"pets/link{number}")
-                link.type, link.linkname = tarfile.SYMTYPE, target
-                archive.addfile(link)
-    source = ImageSource(root, "pets")
-    for name in [*source.names, "link0", "link1", "../../secret", str(tmp_path / "secret")]:
-        try:
-            assert source.read(name) == b"harmless"
-        except DataError:
-            pass
-        tried(f"path traversal: {kind}")
-    assert {p.name for p in tmp_path.iterdir()} == {"data", "secret"}
 
 
 def test_annotations_do_not_reach_out_of_the_data_root(tmp_path, tried):
