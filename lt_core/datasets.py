@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lt_core import paths
-from lt_core.errors import DataError, InputError, unknown
+from lt_core.errors import DataError, InputError, first_line, unknown
 from lt_core.profiles import load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
@@ -158,7 +158,7 @@ class ImageSource:
                 self._archive = tarfile.open(self.path)  # noqa: SIM115 (closed with the source)
                 self._members = {member.name: member for member in self._archive if member.isfile()}
         except ARCHIVE_ERRORS as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from None
+            raise DataError(f"{self.path} cannot be read: {first_line(error)}") from None
         if not self.path.is_dir():
             self.names = {n.removeprefix(self._prefix) for n in self._members if n.startswith(self._prefix)}
 
@@ -191,7 +191,7 @@ class ImageSource:
                     return self._archive.read(member)
                 return self._archive.extractfile(member).read()
         except ARCHIVE_ERRORS as error:
-            raise DataError(f"{name} in {self.path} cannot be read: {error}") from None
+            raise DataError(f"{name} in {self.path} cannot be read: {first_line(error)}") from None
 
     def text(self, name: str) -> str:
         """Content of a text file; raises DataError naming it when it is missing or not UTF-8."""

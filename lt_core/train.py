@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, TrainingError
+from lt_core.errors import CacheError, TrainingError, first_line
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, partners
 from lt_core.profiles import Recipe
@@ -172,9 +172,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(
-            f"the checkpoint {path} cannot be read ({reason}): delete it to start again"
+            f"the checkpoint {path} cannot be read ({first_line(error)}): delete it to start again"
         ) from None
 
 
@@ -231,7 +230,7 @@ def fit(
             optimiser.load_state_dict(saved.pop("optimiser"))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
-                f"{run / 'last.pt'} does not fit this network ({error}): delete it to start again"
+                f"{run / 'last.pt'} does not fit this network ({first_line(error)}): delete it to start again"
             ) from None
         state |= saved
         say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")

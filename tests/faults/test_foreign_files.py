@@ -31,6 +31,7 @@ def damaged(content: bytes, number: int) -> list[tuple[str, bytes]]:
 
 def test_a_cache_under_another_name_is_not_taken_for_it(tmp_path, monkeypatch, tried):
     monkeypatch.setattr(paths, "SHIPPED_CACHES", tmp_path)
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "out"))
     own = {"dataset": "tiny_imagenet_lt", "backbone": "sqrt", "seed": 0}
     one = cache(0)
     one.meta.update(own)
