@@ -44,9 +44,9 @@ from lt_core.models import (
     Model,
     build_backbone,
     build_classifier,
-    load_imagenet_weights,
 )
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
+from lt_core.public_weights import load_simclr_weights, load_supervised_weights
 from lt_core.rsg import RSG
 from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
 from lt_core.transfer import prototypes
@@ -220,7 +220,9 @@ def _start(
 ) -> None:
     """Fill the network with the weights that the backbone starts from."""
     if backbone.start == "imagenet":
-        load_imagenet_weights(network, backbone.network)
+        load_supervised_weights(network, backbone.network, data_root)
+    elif backbone.start == "simclr_imagenet":
+        load_simclr_weights(network, backbone.network, data_root)
     elif backbone.start != "scratch":
         weights = pretrain(profile, backbone.start, seed, data_root, say)
         try:

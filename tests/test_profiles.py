@@ -73,5 +73,7 @@ def test_wrong_profiles_are_refused(tmp_path, old, new, message):
 
 
 def test_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ProfileError, match="unknown profile 'big': choose one of digits, embedded, small"):
+    with pytest.raises(
+        ProfileError, match="unknown profile 'big': choose one of digits, embedded, paper, small"
+    ):
         load_profile("big")
