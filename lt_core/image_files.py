@@ -10,6 +10,7 @@ neither on the number of workers nor on that of processes. Colours are changed o
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -209,7 +210,13 @@ def _loaded(decoder: Decoder, keys: list[list[Key]], workers: int, pinned: bool 
     """The batches of `keys`, in order. A worker's DataError arrives as its own one sentence."""
     options: dict[str, Any] = {"prefetch_factor": PREFETCH} if workers else {}
     loader = DataLoader(
-        decoder, batch_sampler=keys, num_workers=workers, collate_fn=_collate, pin_memory=pinned, **options
+        decoder,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pinned,
+        generator=torch.Generator(),  # so that it draws no seed from the global one
+        **options,
     )
     try:
         yield from loader
@@ -233,7 +240,9 @@ def decoded_on(device: torch.device, batch: Batch, size: int) -> Tensor:
 
     files = [row for row, one in enumerate(batch.pixels) if one.ndim == 1]
     made = [one if one.ndim == 3 else None for one in batch.pixels]
-    images = decode_jpeg([batch.pixels[row] for row in files], mode=ImageReadMode.RGB, device=device)
+    contents = [batch.pixels[row] for row in files]
+    with warnings.catch_warnings(action="ignore"):  # torchvision announces that torchcodec will replace it
+        images = decode_jpeg(contents, mode=ImageReadMode.RGB, device=device) if files else []
     for row, image in zip(files, images, strict=True):
         top, left, height, width = (round(value) for value in batch.boxes[row].tolist())
         cut = resized_crop(image, top, left, height, width, [size, size], antialias=True)

@@ -118,7 +118,7 @@ def normalised(records: dict[str, list[tuple[str, int]]]) -> dict[str, list[Imag
 
 def _parsed(path: str, label: int) -> Image:
     *folders, file = path.split("/")
-    while folders and not re.fullmatch(r"(train|val|data|)(_256|_large|)", folders[0]):
+    while folders and not re.fullmatch(r"train|val|(data|val)_(256|large)", folders[0]):
         folders.pop(0)  # whatever stands before the layout
     if not folders:
         raise DataError(f"{path!r} is in none of the official layouts, such as train/<class>/<file>")

@@ -8,7 +8,20 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient.contiguous())
 
 
 class CPUSyncBatchNorm2d(nn.BatchNorm2d):
@@ -20,13 +33,13 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(inputs)
         number = torch.tensor([inputs.numel() / inputs.shape[1]], dtype=torch.float64)
         dist.all_reduce(number)
-        mean = all_reduce(inputs.sum((0, 2, 3))) / number.float()
+        mean = _Sum.apply(inputs.sum((0, 2, 3))) / number.to(inputs)
         centred = inputs - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / number.float()
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / number.to(inputs)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (number / (number - 1)).float(), self.momentum)
+            self.running_var.lerp_(variance * (number / (number - 1)).to(inputs), self.momentum)
         factor = self.weight * (variance + self.eps).rsqrt()
         return centred * factor[:, None, None] + self.bias[:, None, None]
 
