@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All backbones of the profile `paper` on several nodes; a job that is preempted or out of time resumes.
+# All backbones of the profile `paper` on several nodes. A preempted job saves, is queued again and resumes;
+# after its time limit submit it again.
 #
 #     sbatch docs/slurm.sh                        every backbone
 #     BACKBONE=sqrt sbatch docs/slurm.sh          one

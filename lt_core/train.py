@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, TrainingError
+from lt_core.errors import CacheError, InputError, TrainingError
 from lt_core.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, partners
@@ -76,6 +76,8 @@ def this_machine(workers: int | None = None, **options: int | bool) -> Machine:
     cuda = torch.cuda.is_available()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    if min(workers or 0, options.get("micro_batch", 0)) < 0:
+        raise InputError("--workers and --micro-batch must be 0 or above")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cuda else 0
     rank = dist.get_rank() if world_size > 1 else 0
@@ -302,6 +304,7 @@ def _fit(
     keeps = machine.rank == 0 and run is not None
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1
+    micro_batch = 0 if contrastive else machine.micro_batch  # SimCLR's images need each other
     train = data.splits["train"]
     images, labels = train.images, train.labels.to(machine.device)
     if isinstance(images, Tensor):
@@ -359,7 +362,7 @@ def _fit(
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
             target = partners(len(pixels), machine.device) if contrastive else labels[batches[step]]
-            value, correct = _accumulate_gradient(network, loss, pixels, target, machine)
+            value, correct = _accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
             optimiser.step()
             optimiser.zero_grad()
             running_loss += value
@@ -406,14 +409,14 @@ def _fit(
 
 
 def _accumulate_gradient(
-    network: nn.Module, loss: Loss, pixels: Tensor, target: Tensor, machine: Machine
+    network: nn.Module, loss: Loss, pixels: Tensor, target: Tensor, size: int, machine: Machine
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of one step, taken in parts of `machine.micro_batch` images.
+    """Add the gradient of one step, taken in parts of `size` images (0: all at once).
 
-    Returns the loss and the number of right predictions, both over all processes. SimCLR and the losses that
-    look at the batch as a whole (LADE, RSG) see parts as batches.
+    Returns the loss and the number of right predictions, both over all processes. Losses that look at the
+    batch as a whole (LADE, RSG) see parts as batches.
     """
-    size = machine.micro_batch or len(pixels)
+    size = size or len(pixels)
     parts = list(zip(pixels.split(size), target.split(size), strict=True))
     total, right = torch.zeros(2, dtype=torch.float64, device=pixels.device)
     for number, (part, wanted) in enumerate(parts, start=1):

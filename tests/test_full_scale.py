@@ -1,7 +1,7 @@
 """The paper profile end to end, cut short: every class, tiny images, few steps, and everything after them.
 
-The real network under torchrun with two processes (stopped, resumed, extracted), then all notebooks with
-small networks in place of the others.
+The real network under torchrun with two processes (stopped, resumed, extracted), then all notebooks, for
+which small networks of each kind stand in for the others.
 """
 
 import os
@@ -28,6 +28,22 @@ recipes.fine_tuned_deep = { epochs = 1, batch_size = 64, learning_rate = 0.02, i
 recipes.head_only = { epochs = 2, batch_size = 64, input_size = 32 }
 """
 
+SMALL = ("lade", "continual", "causal_norm", "imagenet_sqrt", "imagenet_frozen", "places_lade")
+DOT = ("uniform_dot", "class_aware_dot")
+
+
+def profile() -> str:
+    """The paper's profile with `sqrt` as it is, small networks for SMALL, and the rest names for these."""
+    paper = load_profile("paper")
+    lines = [HEAD, "[aliases]"]
+    for name, backbone in paper.backbones.items():
+        stands_in = {"imagenet_lt": "lade" if name in DOT else "sqrt", "places_lt": "imagenet_sqrt"}
+        if name not in ("sqrt", *SMALL):
+            lines.append(f'{name} = "{stands_in[backbone.role]}"')
+    for name in SMALL:
+        lines += [f"[backbones.{name}]", 'network = "small_resnet"', 'start = "scratch"', "seeds = [0]"]
+    return "\n".join(lines)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -35,17 +51,7 @@ def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("full_scale")
     for name in ("imagenet_lt", "places_lt"):
         write_part(place / "data", name, divisor=40, size=24)
-    lines = [HEAD]
-    for name in load_profile("paper").backbones:
-        if name not in ("sqrt", *load_profile("paper").aliases):
-            lines += [
-                f"[backbones.{name}]",
-                'network = "small_resnet"',
-                'start = "scratch"',
-                "seeds = [0]",
-                "",
-            ]
-    (place / "trial.toml").write_text("\n".join(lines), encoding="utf-8")
+    (place / "trial.toml").write_text(profile(), encoding="utf-8")
     return place
 
 
