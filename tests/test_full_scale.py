@@ -40,6 +40,7 @@ def profile() -> str:
         stands_in = {"imagenet_lt": "lade" if name in DOT else "sqrt", "places_lt": "imagenet_sqrt"}
         if name not in ("sqrt", *SMALL):
             lines.append(f'{name} = "{stands_in[backbone.role]}"')
+    lines += ["[backbones.sqrt]", "seeds = [0]"]
     for name in SMALL:
         lines += [f"[backbones.{name}]", 'network = "small_resnet"', 'start = "scratch"', "seeds = [0]"]
     return "\n".join(lines)
