@@ -236,7 +236,7 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
 def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # allocates nothing for what a header claims
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # whatever a header claims
     except (OSError, ValueError, EOFError):
         return None
     return np.array(mapped) if mapped.shape == shape and mapped.dtype == np.uint8 else None
