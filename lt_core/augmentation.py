@@ -101,29 +101,41 @@ def colour_jitter(pixels: Tensor, how: Augmentation, generator: torch.Generator)
 
     `grey` of them lose their colours. As torchvision's ColorJitter in this order, but hue turns in YIQ.
     """
-    batch, strength = len(pixels), how.colour_jitter
+    return change_colours(pixels, draw_colours(len(pixels), how, generator), turn=how.hue > 0)
+
+
+def draw_colours(batch: int, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Random colour changes [B, 4]: factors of brightness, contrast and saturation, turn of the hue."""
+    strength = how.colour_jitter
     changed = torch.rand(batch, generator=generator) < how.jitter_share
 
     def factors() -> Tensor:
         values = torch.empty(batch).uniform_(1 - strength, 1 + strength, generator=generator)
         return torch.where(changed, values, 1.0)
 
-    def spread(values: Tensor) -> Tensor:
-        return values.view(-1, 1, 1, 1).to(pixels.device)
-
-    luma = YIQ[0].to(pixels.device).view(1, 3, 1, 1)
-    pixels = (pixels * spread(factors())).clamp_(0, 255)
-    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    pixels = torch.lerp(mean, pixels, spread(factors())).clamp_(0, 255)
-    saturation = factors()
+    brightness, contrast, saturation, turns = factors(), factors(), factors(), torch.zeros(batch)
     if how.grey:
         saturation[torch.rand(batch, generator=generator) < how.grey] = 0
-    grey = (pixels * luma).sum(1, keepdim=True)
-    pixels = torch.lerp(grey, pixels, spread(saturation)).clamp_(0, 255)
     if how.hue:
         turns = torch.empty(batch).uniform_(-how.hue, how.hue, generator=generator)
-        pixels = turn_hue(pixels, torch.where(changed, turns, 0.0))
-    return pixels
+        turns = torch.where(changed, turns, 0.0)
+    return torch.stack([brightness, contrast, saturation, turns], dim=1)
+
+
+def change_colours(pixels: Tensor, colours: Tensor, turn: bool) -> Tensor:
+    """Pixels [B, C, H, W] with their `colours` [B, 4] changed; hue only with `turn`."""
+    brightness, contrast, saturation, turns = colours.T
+
+    def spread(values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1, 1).to(pixels.device)
+
+    luma = YIQ[0].to(pixels.device).view(1, 3, 1, 1)
+    pixels = (pixels * spread(brightness)).clamp_(0, 255)
+    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    pixels = torch.lerp(mean, pixels, spread(contrast)).clamp_(0, 255)
+    grey = (pixels * luma).sum(1, keepdim=True)
+    pixels = torch.lerp(grey, pixels, spread(saturation)).clamp_(0, 255)
+    return turn_hue(pixels, turns) if turn else pixels
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:

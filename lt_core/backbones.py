@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lt_core import paths
@@ -35,6 +36,7 @@ from lt_core.features import (
     save_cache,
 )
 from lt_core.groups import group_of
+from lt_core.image_files import ImageFiles
 from lt_core.losses import build_loss
 from lt_core.methods import learned, predict
 from lt_core.metrics import group_accuracy
@@ -44,21 +46,24 @@ from lt_core.models import (
     Model,
     build_backbone,
     build_classifier,
-    load_imagenet_weights,
 )
 from lt_core.profiles import Backbone, Profile, Recipe, load_profile
+from lt_core.public_weights import load_simclr_weights, load_supervised_weights
 from lt_core.rsg import RSG
+from lt_core.shared_features import shared_features
 from lt_core.train import Machine, extract_features, fit, load_checkpoint, save_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
 Say = Callable[[str], None]
+MachineOptions = dict[str, int | bool | None]  # of `train.this_machine`
 
 
 # ---------------------------------------------------------------- finding caches
 
 
 def _place(profile: Profile, backbone: str, seed: int) -> Path:
-    """A cache's place among others: <dataset>/<backbone>/seed<N>."""
+    """A cache's place among others: <dataset>/<backbone>/seed<N>; an alias has that of its backbone."""
+    backbone = profile.trained_as(backbone)
     return Path(profile.dataset_of(backbone)) / backbone / f"seed{seed}"
 
 
@@ -147,11 +152,19 @@ class Job:
         return self.profile.recipes[self.backbone.recipe]
 
 
-def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None, say: Say = print) -> Job:
+def prepare(
+    profile: Profile,
+    name: str,
+    seed: int,
+    data_root: str | None = None,
+    say: Say = print,
+    options: MachineOptions | None = None,
+) -> Job:
     """Load the data and build the network with the weights that it starts from."""
+    name = profile.trained_as(name)
     backbone = profile.backbone(name)
     recipe = profile.recipes[backbone.recipe]
-    machine = this_machine()
+    machine = this_machine(**(options or {}))
     say(f"{profile.name}/{name} seed {seed}: {machine.description}")
     data = load_dataset(profile.dataset_of(name), data_root)
     torch.manual_seed(seed)
@@ -159,7 +172,9 @@ def prepare(profile: Profile, name: str, seed: int, data_root: str | None = None
     _start(network, profile, backbone, seed, data_root, say)
     num_features = network.num_features
     if recipe.frozen:
-        data = _as_features(network, data, recipe.input_size, backbone.feature_dims, machine, say)
+        network.to(machine.device, memory_format=torch.channels_last)
+        say(f"extracting features of {', '.join(f'{len(s)} {n}' for n, s in data.splits.items())} images")
+        data = _as_features(network, data, recipe.input_size, backbone.feature_dims, machine)
         num_features, network = data.splits["train"].images.shape[1], nn.Identity()
     kept = _trained_classes(backbone, data)
     counts = data.counts[kept]
@@ -175,20 +190,20 @@ def train_backbone(
     data_root: str | None = None,
     out: Path | None = None,
     say: Say = print,
+    options: MachineOptions | None = None,
 ) -> Path:
     """Train one backbone and write its cache into the folder returned; resumes what a killed call left."""
     started = time.monotonic()
     folder = (out or paths.caches()) / _place(profile, name, seed)
-    job = prepare(profile, name, seed, data_root, say)
-    run = _run_folder(profile, name, job.backbone, seed, job.data)
+    job = prepare(profile, name, seed, data_root, say, options)
+    run = _run_folder(profile, job.name, job.backbone, seed, job.data)
     loss = build_loss(job.backbone.loss, job.data.counts[job.kept])
     shown = _only(job.data, job.kept)
     seconds = time.monotonic() - started
     history = fit(job.model, shown, job.recipe, job.backbone.sampler, loss, seed, run, job.machine, say)
-    if job.machine.rank == 0:
-        seconds += load_checkpoint(run / "last.pt")["seconds"]  # of the calls that were killed, too
-        write_cache(job, folder, run / "best.pt", history, seconds=round(seconds, 1))
-        say(f"{profile.name}/{name} seed {seed}: {_one_line(read_meta(folder))}; cache in {folder}")
+    seconds += load_checkpoint(run / "last.pt")["seconds"]  # of the calls that were killed, too
+    write_cache(job, folder, run / "best.pt", history, seconds=round(seconds, 1))
+    say(f"{profile.name}/{name} seed {seed}: {_one_line(read_meta(folder))}; cache in {folder}")
     return folder
 
 
@@ -198,11 +213,9 @@ def write_cache(
     """Extract features of all splits with the model as it stands and write the cache with its provenance.
 
     With `best`, the accuracies of that checkpoint (best epoch on validation data) are stated beside the last.
-    Raises TrainingError for a model at chance.
+    All processes extract, the first one writes. Raises TrainingError for a model at chance.
     """
     cache = extract(job)
-    accuracies = {"last": _accuracies(cache)}
-    _refuse_chance(accuracies["last"]["val"]["classifier"]["many"], len(job.kept))
     if best is not None:
         try:
             saved = load_checkpoint(best)
@@ -212,7 +225,20 @@ def write_cache(
             raise CacheError(
                 f"{best} is not a whole checkpoint of this run: delete {best.parent} to train again"
             ) from None
-        accuracies["best_on_validation"] = _accuracies(extract(job))
+        of_best = extract(job)
+    if job.machine.rank == 0:
+        accuracies = {"last": _accuracies(cache)}
+        _refuse_chance(accuracies["last"]["val"]["classifier"]["many"], len(job.kept))
+        if best is not None:
+            accuracies["best_on_validation"] = _accuracies(of_best)
+        _write(job, folder, cache, accuracies, history, more)
+    if job.machine.world_size > 1:
+        dist.barrier()
+
+
+def _write(
+    job: Job, folder: Path, cache: FeatureCache, accuracies: dict, history: list | None, more: dict
+) -> None:
     meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
     stored = {split: cache.splits[split] for split in job.backbone.splits_of(job.seed)}
     save_cache(folder, replace(cache, meta=meta, splits=stored), _same_features(job, folder, stored))
@@ -236,7 +262,9 @@ def _start(
 ) -> None:
     """Fill the network with the weights that the backbone starts from."""
     if backbone.start == "imagenet":
-        load_imagenet_weights(network, backbone.network)
+        load_supervised_weights(network, backbone.network, data_root)
+    elif backbone.start == "simclr_imagenet":
+        load_simclr_weights(network, backbone.network, data_root)
     elif backbone.start != "scratch":
         weights = pretrain(profile, backbone.start, seed, data_root, say)
         try:
@@ -308,18 +336,22 @@ def _only(data: Dataset, kept: Tensor) -> Dataset:
 # ---------------------------------------------------------------- extraction
 
 
-def _as_features(
-    network: nn.Module, data: Dataset, input_size: int, dims: int, machine: Machine, say: Say
-) -> Dataset:
+def _features(network: nn.Module, data: Dataset, input_size: int, machine: Machine) -> dict[str, Tensor]:
+    """Features [M, F] of each split, without augmentation: of files by all processes together."""
+    return {
+        name: shared_features(network, split.images, input_size, machine)
+        if isinstance(split.images, ImageFiles)
+        else extract_features(network, split.images, input_size, machine)
+        for name, split in data.splits.items()
+    }
+
+
+def _as_features(network: nn.Module, data: Dataset, input_size: int, dims: int, machine: Machine) -> Dataset:
     """A data set of features [M, F] in place of images: what a frozen backbone's classifier is trained on.
 
     With `dims`, the features are projected to the principal directions of the training features first.
     """
-    network.to(machine.device, memory_format=torch.channels_last)
-    features = {}
-    for name, split in data.splits.items():
-        say(f"extracting {len(split)} {name} features")
-        features[name] = extract_features(network, split.images, input_size, machine)
+    features = {n: f.float() for n, f in _features(network, data, input_size, machine).items()}
     if dims:
         directions = principal_directions(features["train"], dims)
         features = {name: values @ directions for name, values in features.items()}
@@ -329,13 +361,8 @@ def _as_features(
 
 def extract(job: Job) -> FeatureCache:
     """Features of all splits without augmentation, classifier (NaN rows for classes left out), prototypes."""
-    splits = {
-        name: (
-            extract_features(job.model.backbone, split.images, job.recipe.input_size, job.machine),
-            split.labels,
-        )
-        for name, split in job.data.splits.items()
-    }
+    features = _features(job.model.backbone, job.data, job.recipe.input_size, job.machine)
+    splits = {name: (features[name], split.labels) for name, split in job.data.splits.items()}
     classifier, dims = job.model.classifier, job.backbone.feature_dims
     rows = classifier.weight.detach().float().cpu()
     if dims and dims < rows.shape[1]:
@@ -430,7 +457,12 @@ def code_version() -> str:
 
 
 def train_command(
-    profile: str, backbone: str, seed: int | None = None, data_root: str | None = None, out: str | None = None
+    profile: str,
+    backbone: str,
+    seed: int | None = None,
+    data_root: str | None = None,
+    out: str | None = None,
+    options: MachineOptions | None = None,
 ) -> None:
     """`python -m lt_core train`: one backbone, or `all` of the profile, skipping what is done."""
     chosen = load_profile(profile)
@@ -440,7 +472,8 @@ def train_command(
         )
     if seed is not None and seed < 0:
         raise InputError(f"--seed must be 0 or above, found {seed}")
-    names = list(chosen.backbones) if backbone == "all" else [backbone]
+    every = [name for name in chosen.backbones if name not in chosen.aliases]
+    names = every if backbone == "all" else [backbone]
     seeds = {name: [seed] if seed is not None else chosen.backbone(name).seeds for name in names}
     jobs = sorted(((s, name) for name in names for s in seeds[name]), key=lambda job: job[0])
     started, done = time.monotonic(), 0
@@ -451,7 +484,7 @@ def train_command(
             _say(f"[{number}/{len(jobs)}] {name} seed {one_seed}: done already, {folder}")
             continue
         _say(f"[{number}/{len(jobs)}] {name} seed {one_seed}")
-        train_backbone(chosen, name, one_seed, data_root, target, _say)
+        train_backbone(chosen, name, one_seed, data_root, target, _say, options)
         done += 1
         minutes = (time.monotonic() - started) / 60
         _say(f"{minutes:.1f} min so far, about {minutes / done * (len(jobs) - number):.0f} min left")
@@ -464,14 +497,19 @@ def _say(line: str) -> None:
 
 
 def extract_command(
-    profile: str, backbone: str, checkpoint: str, out: str, data_root: str | None = None
+    profile: str,
+    backbone: str,
+    checkpoint: str,
+    out: str,
+    data_root: str | None = None,
+    options: MachineOptions | None = None,
 ) -> None:
     """`python -m lt_core extract`: a feature cache in `out` from a run's last.pt or best.pt."""
     saved = load_checkpoint(Path(checkpoint))
-    job = prepare(load_profile(profile), backbone, saved.get("seed", 0), data_root)
+    job = prepare(load_profile(profile), backbone, saved.get("seed", 0), data_root, _say, options)
     try:
         job.model.load_state_dict(saved["model"])
     except (KeyError, RuntimeError, TypeError):
         raise CacheError(f"{checkpoint} is not a checkpoint of {profile}/{backbone}") from None
     write_cache(job, Path(out), history=saved.get("history"))
-    print(f"{_one_line(read_meta(Path(out)))}; cache in {out}")
+    _say(f"{_one_line(read_meta(Path(out)))}; cache in {out}")

@@ -23,7 +23,11 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("notebooks", help="run the notebooks: every table, figure and report")
     one.add_argument(
-        "--profile", default="embedded", metavar="NAME", help="scale to run at (default: embedded)"
+        "--profile",
+        type=_profile,
+        default="embedded",
+        metavar="NAME",
+        help="scale to run at, or a profile's FILE.toml (default: embedded)",
     )
     one.add_argument("--only", metavar="01,08", help="only these notebooks, by number or name")
     one.add_argument(
@@ -38,25 +42,33 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=notebooks)
 
     one = commands.add_parser("train", help="train backbones and write their feature caches")
-    one.add_argument("--profile", required=True, metavar="NAME", help="scale to train at")
+    one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="scale to train at")
     one.add_argument(
         "--backbone", required=True, metavar="NAME|all", help="which to train; all: every one and seed"
     )
     one.add_argument("--seed", type=int, metavar="N", help="seed (default: the profile's)")
     one.add_argument("--out", type=Path, metavar="DIR", help="where the cache goes (default: caches/)")
     _add_data_root(one)
+    _add_machine_options(one)
+    one.add_argument(
+        "--micro-batch", type=int, default=0, metavar="N", help="images of a process at once (default: all)"
+    )
+    one.add_argument("--compile", action="store_true", help="use torch.compile")
     one.set_defaults(command=train)
 
     one = commands.add_parser("extract", help="write the feature cache of a checkpoint")
-    one.add_argument("--profile", required=True, metavar="NAME", help="scale it was trained at")
+    one.add_argument(
+        "--profile", type=_profile, required=True, metavar="NAME", help="scale it was trained at"
+    )
     one.add_argument("--backbone", required=True, metavar="NAME", help="which backbone it is")
     one.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="checkpoint of `train`")
     one.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the cache goes")
     _add_data_root(one)
+    _add_machine_options(one)
     one.set_defaults(command=extract)
 
     one = commands.add_parser("check-data", help="check that a profile's images are there and whole")
-    one.add_argument("--profile", required=True, metavar="NAME", help="whose data sets")
+    one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="whose data sets")
     one.add_argument("--deep", action="store_true", help="decode every image, too")
     _add_data_root(one)
     one.set_defaults(command=check_data)
@@ -70,6 +82,19 @@ def _add_data_root(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the image data sets (or the variable LT_DATA_ROOT)",
     )
+
+
+def _add_machine_options(command: argparse.ArgumentParser) -> None:
+    """How a run of image files uses its computer; results do not depend on it."""
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode images (default: all cores, shared)"
+    )
+    command.add_argument("--gpu-decode", action="store_true", help="decode JPEG files on the GPU")
+
+
+def _profile(name: str) -> str:
+    """A profile's name as it is, the path of a profile's file made independent of the working directory."""
+    return str(Path(name).expanduser().resolve()) if name.endswith(".toml") else name
 
 
 def notebooks(arguments: argparse.Namespace) -> int:
@@ -96,8 +121,14 @@ def notebooks(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     from lt_core import backbones
 
+    options = {
+        "workers": arguments.workers,
+        "decodes_on_device": arguments.gpu_decode,
+        "micro_batch": arguments.micro_batch,
+        "compiles": arguments.compile,
+    }
     backbones.train_command(
-        arguments.profile, arguments.backbone, arguments.seed, arguments.data_root, arguments.out
+        arguments.profile, arguments.backbone, arguments.seed, arguments.data_root, arguments.out, options
     )
     return EXIT_OK
 
@@ -105,8 +136,14 @@ def train(arguments: argparse.Namespace) -> int:
 def extract(arguments: argparse.Namespace) -> int:
     from lt_core import backbones
 
+    options = {"workers": arguments.workers, "decodes_on_device": arguments.gpu_decode}
     backbones.extract_command(
-        arguments.profile, arguments.backbone, arguments.checkpoint, arguments.out, arguments.data_root
+        arguments.profile,
+        arguments.backbone,
+        arguments.checkpoint,
+        arguments.out,
+        arguments.data_root,
+        options,
     )
     return EXIT_OK
 

@@ -1,8 +1,9 @@
-"""Long-tail data sets as arrays: images uint8 [M, H, W, C], labels [M], class names, training counts.
+"""Long-tail data sets: images uint8 [M, H, W, C] or files, labels [M], class names, training counts.
 
-Images are decoded once, in parallel, from a folder or an archive into one array cached on disk. The lists
-that make a balanced data set long-tailed follow one stated rule (`long_tail_lists`) and are read where the
-data root has them.
+Images of the small data sets are decoded once, in parallel, from a folder or an archive into one array cached
+on disk; those of ImageNet-LT and Places-LT stay files (`lt_core/image_files.py`). The lists that make a
+balanced data set long-tailed follow one stated rule (`long_tail_lists`) and are read where the data root has
+them.
 
     data = load_dataset("tiny_imagenet_lt", data_root="data")
     data.splits["train"].images, data.counts
@@ -27,9 +28,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lt_core import paths
+from lt_core import official, paths
 from lt_core.errors import DataError, InputError, first_line, unknown
+from lt_core.image_files import ImageFiles
 from lt_core.profiles import load_profile
+from lt_core.wordnet import synset_of
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
@@ -39,13 +42,14 @@ ARCHIVE_ERRORS = (
     *(OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
     *(EOFError, KeyError, ValueError, RuntimeError),
 )
+SAMPLE = 1000  # images of a split of files that `check-data --deep` decodes
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images [M, H, W, C] as uint8 (or features [M, F] as float32) with labels [M] (int64)."""
+    """Images [M, H, W, C] as uint8 or as files (or features [M, F] as float32) with labels [M] (int64)."""
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
@@ -261,10 +265,10 @@ class Listing:
     """A data set before its images are decoded: where they are and which image is in which split."""
 
     name: str
-    source: ImageSource
+    source: ImageSource | official.ImageTree
     lists: dict[str, list[Record]]  # train, val, test
     class_names: tuple[str, ...]
-    size: int  # pixels, of the decoded images
+    size: int  # pixels, of the decoded images; 0: they stay files
     wnids: tuple[str, ...] | None = None
 
 
@@ -278,22 +282,44 @@ def check_listing(listing: Listing) -> None:
             raise DataError(f"{where} has label {max(labels)}, but there are {len(classes)} classes")
         if split == "train" and (absent := set(range(len(classes))) - labels):
             raise DataError(f"{where} has no image of class {min(absent)} ({classes[min(absent)]})")
-        missing = [name for name, _ in records if name not in listing.source.names]
-        if missing:
-            raise DataError(
-                f"{where} names {len(records)} images, of which {len(missing)} are missing in "
-                f"{listing.source.path}, first {missing[0]}"
+    missing = {
+        split: [name for name, _ in records if name not in listing.source.names]
+        for split, records in listing.lists.items()
+    }
+    if any(missing.values()):
+        split = next(split for split in missing if missing[split])
+        report = paths.decoded() / f"missing-{listing.name}.txt"
+        with paths.atomic(report) as temporary:
+            temporary.write_text(
+                "".join(f"{n}\n" for names in missing.values() for n in names), encoding="utf-8"
             )
+        raise DataError(
+            f"{listing.name}: the {split} list names {len(listing.lists[split])} images, of which "
+            f"{len(missing[split])} are missing in {listing.source.path}, first {missing[split][0]}; of all "
+            f"lists {sum(map(len, missing.values()))} are, named in {report}: unpack or copy these"
+        )
 
 
 def decode_listing(listing: Listing) -> Dataset:
     """The data set with its images as arrays; raises DataError for what `check_listing` finds or decoding."""
     check_listing(listing)
+    if not listing.size:
+        return Dataset(listing.name, listing.class_names, _as_files(listing), listing.wnids)
     splits = {
         split: decode_split(listing.source, records, listing.size, f"{listing.name}-{split}")
         for split, records in listing.lists.items()
     }
     return Dataset(listing.name, listing.class_names, splits, listing.wnids)
+
+
+def _as_files(listing: Listing) -> dict[str, Split]:
+    return {
+        split: Split(
+            ImageFiles(listing.source.path, np.array([name for name, _ in records])),
+            torch.tensor([label for _, label in records]),
+        )
+        for split, records in listing.lists.items()
+    }
 
 
 def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[str, list[Record]]]) -> dict:
@@ -358,6 +384,24 @@ def _cifar100_lt(root: Path) -> Listing:
     return Listing("cifar100_lt", source, lists, tuple(name.replace("_", " ") for name in classes), 32)
 
 
+def _official(root: Path, name: str, whole: bool = True) -> Listing:
+    """ImageNet-LT or Places-LT; unless `whole`, with lists of any length, for a trial run on a part."""
+    files = official.list_files(name, root)
+    images = official.normalised({split: read_list(path) for split, path in files.items()})
+    if whole:
+        official.check_official(name, images)
+    source = official.ImageTree(root / official.OFFICIAL[name].folder)
+    lists = {
+        split: list(zip(official.located(name, rows, source), [row.label for row in rows], strict=True))
+        for split, rows in images.items()
+    }
+    folders = official.class_folders(images["train"])
+    wnids = tuple(folders) if name == "imagenet_lt" else None
+    names = [synset_of(wnid).split(".")[0] for wnid in wnids] if wnids else folders
+    words = tuple(name.replace("-", ", ").replace("_", " ") for name in names)
+    return Listing(name if whole else f"{name}_part", source, lists, words, 0, wnids)
+
+
 DIGIT_COUNTS = (120, 104, 75, 54, 39, 28, 20, 14, 9, 5)  # largest first
 DIGIT_VAL, DIGIT_TEST = 15, 40  # images a class
 
@@ -411,6 +455,10 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
         root, "tiny_imagenet_balanced", ["balanced", "val"], size=32
     ),  # pre-training for the 32 px images of CIFAR
     "cifar100_lt": _cifar100_lt,
+    "imagenet_lt": lambda root: _official(root, "imagenet_lt"),
+    "places_lt": lambda root: _official(root, "places_lt"),
+    "imagenet_lt_part": lambda root: _official(root, "imagenet_lt", whole=False),
+    "places_lt_part": lambda root: _official(root, "places_lt", whole=False),
 }
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
 
@@ -428,7 +476,9 @@ def load_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
 
 
 def check_data(profile: str, data_root: str | Path | None = None, deep: bool = False) -> Iterator[str]:
-    """Lines about each data set that a profile trains on; with `deep`, every image is decoded too.
+    """Lines about each data set that a profile trains on; with `deep`, images are decoded too.
+
+    All of them where they are held in memory, of files SAMPLE of each split, evenly spaced.
 
     Raises DataError for the first thing that is missing or wrong.
     """
@@ -444,5 +494,10 @@ def check_data(profile: str, data_root: str | Path | None = None, deep: bool = F
         classes = len(listing.class_names)
         yield f"{name}: {sizes} images of {classes} classes are there, in {listing.source.path}"
         if deep:
-            decode_listing(listing)
-            yield f"{name}: all of them can be decoded"
+            data = decode_listing(listing)
+            if listing.size:
+                yield f"{name}: all of them can be decoded"
+                continue
+            for split in data.splits.values():
+                split.images.check(SAMPLE)
+            yield f"{name}: {SAMPLE} of each split, evenly spaced, can be decoded"

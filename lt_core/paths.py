@@ -36,13 +36,13 @@ def runs() -> Path:
 
 
 def figures(profile: str) -> Path:
-    """Tables and figures of a profile."""
-    return output_root() / "figures" / profile
+    """Tables and figures of a profile (its name, or the path of its file)."""
+    return output_root() / "figures" / Path(profile).stem
 
 
 def reports(profile: str) -> Path:
-    """Executed notebooks and HTML of a profile."""
-    return output_root() / "reports" / profile
+    """Executed notebooks and HTML of a profile (its name, or the path of its file)."""
+    return output_root() / "reports" / Path(profile).stem
 
 
 def decoded() -> Path:

@@ -14,14 +14,16 @@ import io
 import json
 import math
 import os
+import signal
+import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,13 +32,16 @@ from torch.nn.functional import normalize
 from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, TrainingError, first_line
+from lt_core.errors import CacheError, InputError, TrainingError, first_line
+from lt_core.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, partners
 from lt_core.profiles import Recipe
 from lt_core.samplers import epoch_batches
+from lt_core.sync_batch_norm import synchronise_batch_norms
 
 SAVE_EVERY = 60  # seconds between checkpoints within an epoch
+PATIENCE = timedelta(hours=1)  # of processes that wait for the first one to write a cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Say = Callable[[str], None]
 
@@ -46,33 +51,51 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """Device and precision, chosen once, and this process's place among the others."""
+    """Device and precision, chosen once, and this process's place among the others.
+
+    The last four change speed and memory, and results by rounding alone (with `micro_batch`, also the images
+    that a batch norm averages over).
+    """
 
     device: torch.device
     autocast: Callable[[], contextlib.AbstractContextManager]
     description: str  # what was chosen and why
     rank: int = 0
     world_size: int = 1
+    workers: int = 0  # processes of this process that decode image files; 0: it does so itself
+    decodes_on_device: bool = False  # JPEG files
+    micro_batch: int = 0  # images whose gradient is taken at once, summed to that of the batch; 0: all
+    compiles: bool = False  # with torch.compile
 
 
-def this_machine() -> Machine:
-    """A GPU with bfloat16 where there is one, else the CPU in float32; joins torchrun's process group."""
+def this_machine(workers: int | None = None, **options: int | bool) -> Machine:
+    """A GPU with bfloat16 where there is one, else the CPU in float32; joins torchrun's process group.
+
+    workers: None for all cores, shared by the processes of this computer; options: other fields of `Machine`.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    if min(workers or 0, options.get("micro_batch", 0)) < 0:
+        raise InputError("--workers and --micro-batch must be 0 or above")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cuda else 0
     rank = dist.get_rank() if world_size > 1 else 0
     if not cuda:
         keep_freed_memory()
         text = f"CPU, {torch.get_num_threads()} threads, float32 (no GPU found)"
-        return Machine(torch.device("cpu"), contextlib.nullcontext, text, rank, world_size)
+        place = (rank, world_size, workers)
+        return Machine(torch.device("cpu"), contextlib.nullcontext, text, *place, **options)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
 
     def autocast() -> contextlib.AbstractContextManager:
         return torch.autocast("cuda", torch.bfloat16)
 
-    return Machine(device, autocast, f"{torch.cuda.get_device_name(device)}, bfloat16", rank, world_size)
+    text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
+    return Machine(device, autocast, text, rank, world_size, workers, **options)
 
 
 def keep_freed_memory() -> None:
@@ -116,37 +139,83 @@ def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
 
 def step_generator(*key: int) -> torch.Generator:
     """The random choices of one step: an independent stream for each (seed, epoch, step, rank)."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    )
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def training_pixels(
+    images: Tensor | ImageFiles,
+    batches: Tensor,
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    machine: Machine,
+    views: int = 1,
+) -> Iterator[Tensor]:
+    """Augmented pixels [views * B, C, H, W] of each step from `first_step` on; batches [steps, B].
+
+    Those of files are the same for any number of processes; images in memory, which lie on the device, are
+    augmented a batch at once, from one random stream a step and process.
+    """
+    if isinstance(images, ImageFiles):
+        yield from training_batches(images, batches, recipe, seed, epoch, first_step, machine, views)
+        return
+    for step in range(first_step, len(batches)):
+        generator = step_generator(seed, epoch, step, machine.rank)
+        pixels = augment(images, batches[step].repeat(views), recipe.augmentation, generator)
+        yield resize(pixels, recipe.input_size)
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-@torch.inference_mode()
-def extract_features(backbone: nn.Module, images: Tensor, input_size: int, machine: Machine) -> Tensor:
-    """Features [M, F] (float32, on the CPU) of images without augmentation."""
+def plain_pixels(images: Tensor | ImageFiles, input_size: int, machine: Machine) -> Iterator[Tensor]:
+    """Batches of pixels [B, C, H, W] of all images in order, without augmentation."""
+    if isinstance(images, ImageFiles):
+        yield from evaluation_batches(images, input_size, machine)
+        return
     batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
-    backbone.eval()
-    features = []
     for chunk in images.split(batch):
+        yield resize(to_pixels(chunk.to(machine.device)), input_size)
+
+
+@torch.inference_mode()
+def feature_batches(
+    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine
+) -> Iterator[Tensor]:
+    """Features [B, F] (float32, on the CPU) of all images in order, without augmentation."""
+    backbone.eval()
+    for pixels in plain_pixels(images, input_size, machine):
         with machine.autocast():
-            features.append(backbone(resize(to_pixels(chunk.to(machine.device)), input_size)).float().cpu())
-    return torch.cat(features)
+            features = backbone(pixels)
+        yield features.float().cpu()
+
+
+def extract_features(
+    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine
+) -> Tensor:
+    """Features [M, F] (float32, on the CPU) of images without augmentation."""
+    return torch.cat(list(feature_batches(backbone, images, input_size, machine)))
 
 
 @torch.inference_mode()
 def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> float:
     """Top-1 accuracy in percent: of the classifier, or without one (SimCLR) of each image's nearest other."""
     model.eval()
+    contrastive = isinstance(model.classifier, ContrastiveHead)
+    if machine.world_size > 1 and not contrastive:  # each process its share
+        share = slice(machine.rank, None, machine.world_size)
+        split = Split(split.images[share], split.labels[share])
     features = extract_features(model.backbone, split.images, input_size, machine).to(machine.device)
-    if isinstance(model.classifier, ContrastiveHead):
+    if contrastive:
         cosines = normalize(features, dim=1) @ normalize(features, dim=1).T
         predictions = split.labels[cosines.fill_diagonal_(-1).argmax(1).cpu()]
     else:
         predictions = model.classifier(features).argmax(1).cpu()
-    return 100 * (predictions == split.labels).double().mean().item()
+    seen = torch.tensor([(predictions == split.labels).sum(), len(split)], device=machine.device)
+    if machine.world_size > 1:
+        dist.all_reduce(seen)
+    return 100 * (seen[0].double() / seen[1]).item()
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -180,6 +249,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- the loop
 
 
+@contextlib.contextmanager
+def sigterm_noted() -> Iterator[threading.Event]:
+    """SIGTERM (a scheduler preempts the job) sets the event, and interrupts at the end of the block.
+
+    Of several processes the first ends at the next step, with a checkpoint; the others go on until then, for
+    it needs them to finish its step.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if noted.is_set():
+        raise KeyboardInterrupt
+
+
 def fit(
     model: Model,
     data: Dataset,
@@ -197,20 +286,44 @@ def fit(
     a view is its partner (SimCLR); negatives come from this process's share of the batch.
     Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
     Without a `run` (and then without validation data) nothing is kept but the model.
+    SIGTERM ends it with a checkpoint after the step (KeyboardInterrupt). With several processes, batch norms
+    average over the whole batch and the learning rate is that of one process, so results are the same.
     Raises TrainingError when the loss is not finite.
     """
-    machine = machine or this_machine()
+    with sigterm_noted() as preempted:
+        return _fit(model, data, recipe, sampler, loss, seed, run, machine or this_machine(), say, preempted)
+
+
+def _fit(
+    model: Model,
+    data: Dataset,
+    recipe: Recipe,
+    sampler: str,
+    loss: Loss,
+    seed: int,
+    run: Path | None,
+    machine: Machine,
+    say: Say,
+    preempted: threading.Event,
+) -> list[dict[str, float]]:
     keeps = machine.rank == 0 and run is not None
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1
+    micro_batch = 0 if contrastive else machine.micro_batch  # SimCLR's images need each other
     train = data.splits["train"]
-    images, labels = train.images.to(machine.device), train.labels.to(machine.device)
+    images, labels = train.images, train.labels.to(machine.device)
+    if isinstance(images, Tensor):
+        images = images.to(machine.device)
+    if machine.world_size > 1:
+        synchronise_batch_norms(model, machine.device)
     model.to(machine.device, memory_format=torch.channels_last)
     loss.to(machine.device)
     optimiser = build_optimiser(model, recipe)
     network = model
     if machine.world_size > 1:
         network = nn.parallel.DistributedDataParallel(model)
+    if machine.compiles:
+        network = torch.compile(network)
 
     state: dict[str, Any] = {
         "seed": seed,
@@ -251,37 +364,36 @@ def fit(
             sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
         )
         running_loss = torch.tensor(state["loss"], device=machine.device, dtype=torch.float64)
-        right = torch.tensor(state["right"], device=machine.device)
+        right = torch.tensor(state["right"], device=machine.device, dtype=torch.float64)
         model.train()
         if recipe.frozen:
             model.backbone.eval()
         loss.begin_epoch(epoch / recipe.epochs)
         model.begin_epoch(epoch / recipe.epochs)
-        for step in range(state["step"], steps):
+        supply = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
+        for step, pixels in enumerate(supply, start=state["step"]):
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
-            generator = step_generator(seed, epoch, step, machine.rank)
-            indices = batches[step].repeat(views)
-            pixels = resize(augment(images, indices, recipe.augmentation, generator), recipe.input_size)
-            target = partners(len(indices), machine.device) if contrastive else labels[indices]
-            with machine.autocast():
-                logits, target, further = network(pixels, target)
-            value = loss(logits.float(), target) + further
-            value.backward()
+            target = partners(len(pixels), machine.device) if contrastive else labels[batches[step]]
+            value, correct = _accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
             optimiser.step()
             optimiser.zero_grad()
-            running_loss += value.detach()
-            right += (logits.detach().argmax(1) == target)[: len(indices)].sum()
+            running_loss += value
+            right += correct
 
-            if time.monotonic() - started > SAVE_EVERY:
+            stopping = preempted.is_set() and keeps
+            if stopping or time.monotonic() - started > SAVE_EVERY:
                 state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}
                 save()
                 started = time.monotonic()
+            if stopping:
+                say(f"SIGTERM: stopped in epoch {epoch + 1} after step {step + 1}; the same command resumes")
+                raise KeyboardInterrupt
 
         entry = {
             "epoch": epoch + 1,
             "loss": running_loss.item() / steps,
-            "train_accuracy": 100 * right.item() / (batches.numel() * views),
+            "train_accuracy": 100 * right.item() / (steps * recipe.batch_size * views),
         }
         if not math.isfinite(entry["loss"]):
             raise TrainingError(f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate")
@@ -307,6 +419,33 @@ def fit(
     if machine.world_size > 1:
         dist.barrier()
     return state["history"]
+
+
+def _accumulate_gradient(
+    network: nn.Module, loss: Loss, pixels: Tensor, target: Tensor, size: int, machine: Machine
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of one step, taken in parts of `size` images (0: all at once).
+
+    Returns the loss and the number of right predictions, both over all processes. Losses that look at the
+    batch as a whole (LADE, RSG) see parts as batches.
+    """
+    size = size or len(pixels)
+    parts = list(zip(pixels.split(size), target.split(size), strict=True))
+    total, right = torch.zeros(2, dtype=torch.float64, device=pixels.device)
+    for number, (part, wanted) in enumerate(parts, start=1):
+        waits = machine.world_size > 1 and number < len(parts)  # processes exchange the last sum alone
+        with network.no_sync() if waits else contextlib.nullcontext():
+            with machine.autocast():
+                logits, wanted, further = network(part, wanted)
+            value = (loss(logits.float(), wanted) + further) * (len(part) / len(pixels))
+            value.backward()
+        total += value.detach()
+        right += (logits.detach().argmax(1) == wanted)[: len(part)].sum()
+    if machine.world_size > 1:
+        seen = torch.stack([total / machine.world_size, right])
+        dist.all_reduce(seen)
+        total, right = seen
+    return total, right
 
 
 def _log(run: Path, history: list[dict[str, float]]) -> None:

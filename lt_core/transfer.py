@@ -34,7 +34,10 @@ def prototypes(features: object, labels: object, num_classes: int) -> torch.Tens
 
     labels [M]: class indices 0..num_classes-1. Raises InputError for a class without samples.
     """
-    features = check_matrix("features", features)
+    features = as_tensor("features", features)
+    halves = features.ndim == 2 and features.dtype in (torch.float16, torch.bfloat16)
+    if not halves:
+        features = check_matrix("features", features)
     if not isinstance(num_classes, int | np.integer) or num_classes < 1:
         raise InputError(f"num_classes must be a whole number above 0, found {num_classes!r}")
     labels = check_labels("labels", labels, num_classes, len(features)).to(features.device)
@@ -43,10 +46,14 @@ def prototypes(features: object, labels: object, num_classes: int) -> torch.Tens
         raise InputError(
             f"labels: class {int((samples == 0).nonzero()[0])} has no samples; each class needs one"
         )
-    sums = features.new_zeros(num_classes, features.shape[1])
+    dtype = torch.float32 if halves else features.dtype
+    sums = features.new_zeros(num_classes, features.shape[1], dtype=dtype)
     for start in range(0, len(features), ROWS):
         rows = slice(start, start + ROWS)
-        sums.index_add_(0, labels[rows], directions("features", features[rows], first_row=start))
+        block = features[rows]
+        if halves:  # as of a file that is mapped: never as a whole in float32
+            block = check_matrix("features", features, read=torch.arange(len(features))[rows])
+        sums.index_add_(0, labels[rows], directions("features", block, first_row=start))
     return sums / samples[:, None]
 
 

@@ -170,7 +170,9 @@ def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, small"):
+    with pytest.raises(
+        ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, paper, small"
+    ):
         load("tiny", "sqrt")
     with pytest.raises(
         ProfileError, match="profile digits: unknown backbone 'resnet': choose one of balanced_softmax"

@@ -14,6 +14,8 @@ import lt_core
 from lt_core import cli, paths, runner
 from lt_core.errors import DataError, LTError, TrainingError
 
+MACHINE = {"workers": None, "decodes_on_device": False, "micro_batch": 0, "compiles": False}
+
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -47,13 +49,17 @@ def test_train(fakes: SimpleNamespace) -> None:
                 "d",
                 "--out",
                 "o",
+                "--workers",
+                "4",
+                "--micro-batch",
+                "64",
             ]
         )
         == 0
     )
     assert fakes.calls == [
-        ("train", "digits", "all", None, None, None),
-        ("train", "small", "sqrt", 0, Path("d"), Path("o")),
+        ("train", "digits", "all", None, None, None, MACHINE),
+        ("train", "small", "sqrt", 0, Path("d"), Path("o"), MACHINE | {"workers": 4, "micro_batch": 64}),
     ]
 
 
@@ -64,7 +70,8 @@ def test_extract(fakes: SimpleNamespace) -> None:
         )
         == 0
     )
-    assert fakes.calls == [("extract", "small", "sqrt", Path("c.pt"), Path("o"), None)]
+    options = {"workers": None, "decodes_on_device": False}
+    assert fakes.calls == [("extract", "small", "sqrt", Path("c.pt"), Path("o"), None, options)]
 
 
 def test_check_data(fakes: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

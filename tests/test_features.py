@@ -1,6 +1,9 @@
 """The feature cache: round trip, what it refuses, compression."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lt_core import paths
 from lt_core.errors import CacheError, InputError
 from lt_core.features import (
     META,
@@ -176,7 +180,7 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lt_core.features.save", fail)
+    monkeypatch.setattr("lt_core.features.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_cache(tmp_path, make_cache(scale=3.0))
     with pytest.raises(CacheError, match="there is no feature cache"):
@@ -211,3 +215,63 @@ def test_principal_directions_are_orthonormal_and_keep_cosines():
     strength = (projected**2).sum(0)
     assert (strength[:-1] >= strength[1:]).all()
     assert torch.equal(directions, principal_directions(features, 5))
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+import numpy as np, torch
+from lt_core.features import FeatureCache, load_cache, save_cache
+from lt_core.methods import predict
+from lt_core.transfer import prototypes
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 2**20
+
+folder, sizes = Path(sys.argv[1]), {"train": 115846, "val": 20000, "test": 50000}
+generator = np.random.default_rng(0)
+splits = {}
+for split, rows in sizes.items():
+    array = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float16, (rows, 2048))
+    for start in range(0, rows, 8192):
+        array[start : start + 8192] = generator.random((min(8192, rows - start), 2048), dtype=np.float32)
+    array.flush()
+    del array
+    mapped = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="r+"))
+    splits[split] = (mapped, torch.arange(rows) % 1000)
+before, peak, done = anonymous(), [0.0], threading.Event()
+
+def watch():
+    while not done.wait(0.02):
+        peak[0] = max(peak[0], anonymous())
+
+threading.Thread(target=watch, daemon=True).start()
+p = prototypes(*splits["train"], 1000)
+meta = {"class_names": [str(c) for c in range(1000)]}
+counts = torch.bincount(splits["train"][1])
+cache = FeatureCache(weights=p, scale=16.0, counts=counts, prototypes=p, splits=splits, meta=meta)
+predict(cache, "ensemble_wh_0_20_100")
+save_cache(folder / "cache", cache)
+print(peak[0] - before)
+del cache, splits
+again = load_cache(folder / "cache")
+predict(again, "ensemble_wh_0_20_100", "val")
+done.set()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_caches_of_the_papers_size_take_bounded_memory(tmp_path):
+    """115,846 + 20,000 + 50,000 features of 2,048: 1.5 GB in float32, of which only blocks are held.
+
+    Int8 values of all splits (0.38 GB) and blocks of 16,384 rows are; pages of mapped files do not count.
+    """
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written, read = map(float, done.stdout.split())
+    assert written < 1.2 and read < 1.2, done.stdout

@@ -163,3 +163,39 @@ def test_packaged_imagenet_weights_recognise_imagenet(size):
     truth = torch.tensor([wnids.index(data.wnids[label]) for label in val.labels[rows].tolist()])
     accuracy = 100 * (named == truth).double().mean().item()
     assert accuracy > 25, f"{accuracy:.1f} % of 1000 classes"  # chance is 0.1, about 33 and 38 measured
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "stages"),
+    [
+        ("resnext50_32x4d", 25_028_904, (3, 4, 6, 3)),
+        ("resnet101", 44_549_160, (3, 4, 23, 3)),
+        ("resnet152", 60_192_808, (3, 8, 36, 3)),
+    ],
+)
+def test_networks_of_the_paper_are_the_published_ones(name, parameters, stages):
+    """Counts of torchvision's model cards, with the 1000-class head that we drop; stages as in print."""
+    with torch.device("meta"):
+        network = build_backbone(name).network
+    head = 2048 * 1000 + 1000
+    assert sum(weight.numel() for weight in network.parameters()) + head == parameters
+    assert tuple(len(network.get_submodule(f"layer{stage}")) for stage in (1, 2, 3, 4)) == stages
+    middle = network.layer4[-1].conv2
+    assert (middle.groups, middle.in_channels) == ((32, 1024) if name.startswith("resnext") else (1, 512))
+    assert middle.kernel_size == (3, 3) and network.layer4[-1].conv3.out_channels == 2048
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnet101", "resnet152"])
+def test_networks_of_the_paper_take_a_step_at_full_size(name):
+    model = Model(build_backbone(name), build_classifier("cosine", 2048, 1000))
+    pixels = torch.rand(2, 3, 224, 224).mul(255).contiguous(memory_format=torch.channels_last)
+    sizes = []
+    for stage in (1, 2, 3, 4):
+        layer = model.backbone.network.get_submodule(f"layer{stage}")
+        layer.register_forward_hook(lambda _, __, maps: sizes.append(tuple(maps.shape[1:])))
+    logits, target, further = model(pixels, torch.tensor([3, 700]))
+    assert sizes == [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+    (torch.nn.functional.cross_entropy(logits, target) + further).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    assert model.backbone.network.conv1.weight.grad.abs().sum() > 0

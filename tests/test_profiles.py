@@ -73,5 +73,48 @@ def test_wrong_profiles_are_refused(tmp_path, old, new, message):
 
 
 def test_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ProfileError, match="unknown profile 'big': choose one of digits, embedded, small"):
+    with pytest.raises(
+        ProfileError, match="unknown profile 'big': choose one of digits, embedded, paper, small"
+    ):
         load_profile("big")
+
+
+def test_the_paper_profile_has_the_papers_recipes():
+    paper = load_profile("paper")
+    scratch, deep = paper.recipes["from_scratch"], paper.recipes["fine_tuned_deep"]
+    assert (scratch.epochs, scratch.batch_size, scratch.learning_rate) == (90, 512, 0.2)
+    assert (deep.epochs, deep.batch_size, deep.learning_rate) == (10, 128, 0.001)
+    assert paper.recipes["fine_tuned"].epochs == 15
+    assert all(recipe.weight_decay == 5e-4 and recipe.momentum == 0.9 for recipe in paper.recipes.values())
+    assert {b.network for b in paper.backbones.values() if b.role == "imagenet_lt"} == {"resnext50_32x4d"}
+    assert set(load_profile("digits").backbones) <= set(paper.backbones)
+
+
+def test_an_alias_is_the_backbone_that_it_names():
+    paper = load_profile("paper")
+    assert paper.backbone("supervised_sqrt") == paper.backbone("imagenet_sqrt")
+    assert paper.trained_as("supervised_sqrt") == "imagenet_sqrt" and paper.trained_as("sqrt") == "sqrt"
+
+
+def test_a_profile_of_ones_own_changes_single_values_of_another(tmp_path):
+    path = tmp_path / "short.toml"
+    path.write_text('same_as = "paper"\nrecipes.from_scratch.epochs = 1\n', encoding="utf-8")
+    short, paper = load_profile(str(path)), load_profile("paper")
+    assert short.name == "short" and short.backbones == paper.backbones
+    assert short.recipes["from_scratch"] == paper.recipes["from_scratch"].model_copy(update={"epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("paper.toml", 'same_as = "paper"', "paper is a profile of this repository, give it another name"),
+        ("a.toml", 'same_as = "paper"\naliases.x = "y"', "unknown backbone of alias x 'y': choose one of"),
+        ("b.toml", 'same_as = "nothing"', "b.toml: .*nothing.toml"),
+    ],
+)
+def test_wrong_profiles_of_ones_own_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ProfileError, match=message):
+        load_profile(str(tmp_path / name))
+    with pytest.raises(ProfileError, match=r"absent.toml"):
+        load_profile(str(tmp_path / "absent.toml"))

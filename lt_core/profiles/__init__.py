@@ -1,8 +1,9 @@
 """Profiles: which data sets and backbones stand in for the paper's, and how they are trained.
 
-One declarative file each, `lt_core/profiles/NAME.toml`; unknown, mistyped or unused keys are errors.
+One declarative file each, `lt_core/profiles/NAME.toml`, or a file of one's own that is named by its path;
+unknown, mistyped or unused keys are errors.
 
-    profile = load_profile("embedded")
+    profile = load_profile("embedded")             # or load_profile("path/to/my_profile.toml")
     profile.backbone("sqrt").sampler
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +22,11 @@ FOLDER = Path(__file__).resolve().parent
 Role = Literal["imagenet_lt", "places_lt"]
 Split = Literal["train", "val", "test"]
 Positive = Annotated[float, Field(gt=0)]
+STARTS = (
+    "scratch",
+    "imagenet",
+    "simclr_imagenet",
+)  # what a network starts from, but for pre-training of ours
 
 
 class _Typed(BaseModel):
@@ -73,7 +79,7 @@ class Backbone(_Typed):
     role: Role
     network: str
     recipe: str
-    start: str = "scratch"  # "scratch", "imagenet" (packaged weights) or the name of a pretraining
+    start: str = "scratch"  # one of STARTS (the public ImageNet weights) or the name of a pretraining
     sampler: str = "square_root"
     loss: str = "cross_entropy"
     classifier: Literal["cosine", "cosine_fixed", "dot_product", "causal_norm"] = "cosine"
@@ -106,6 +112,18 @@ class Profile(_Typed):
     recipes: dict[str, Recipe]
     pretraining: dict[str, Pretraining] = {}
     backbones: dict[str, Backbone]
+    aliases: dict[str, str] = {}  # a second name -> the backbone that it is, trained once
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_aliases(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Every alias as a backbone, so that whatever asks for its name finds it."""
+        backbones = content.get("backbones", {})
+        aliases = content.get("aliases", {})
+        for alias, backbone in aliases.items():
+            if backbone not in backbones or backbone in aliases:
+                raise ValueError(unknown(f"backbone of alias {alias}", backbone, list(backbones)))
+        return content | {"backbones": backbones | {a: backbones[b] for a, b in aliases.items()}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
@@ -119,8 +137,8 @@ class Profile(_Typed):
             if backbone.loss == "rsg" and self.recipes[backbone.recipe].frozen:
                 raise ValueError(f"backbone {name!r}: rsg trains the last stage, so it cannot be frozen")
         starts = {backbone.start for backbone in self.backbones.values()}
-        for start in starts - {"scratch", "imagenet"} - set(self.pretraining):
-            raise ValueError(unknown("start", start, ["scratch", "imagenet", *self.pretraining]))
+        for start in starts - set(STARTS) - set(self.pretraining):
+            raise ValueError(unknown("start", start, [*STARTS, *self.pretraining]))
         for name in set(self.recipes) - {one.recipe for one in trained}:
             raise ValueError(f"recipe {name!r} is used by no backbone: remove it")
         for name in set(self.pretraining) - starts:
@@ -133,6 +151,10 @@ class Profile(_Typed):
             raise ProfileError(f"profile {self.name}: {unknown('backbone', name, list(self.backbones))}")
         return self.backbones[name]
 
+    def trained_as(self, name: str) -> str:
+        """The name that a backbone is trained and cached under: another one for an alias."""
+        return self.aliases.get(name, name)
+
     def dataset_of(self, backbone: str) -> str:
         """Name of the data set that a backbone is trained on."""
         return self.datasets[self.backbone(backbone).role]
@@ -144,10 +166,17 @@ def profile_names() -> list[str]:
 
 @cache
 def load_profile(name: str) -> Profile:
-    """The profile of that name; raises ProfileError for an unknown name or a wrong file."""
-    if name not in profile_names():
-        raise ProfileError(unknown("profile", name, profile_names()))
-    return read_profile(FOLDER / f"{name}.toml")
+    """The profile of that name, or in the file NAME.toml that a path names.
+
+    Raises ProfileError for an unknown name or a wrong file.
+    """
+    if not name.endswith(".toml"):
+        if name not in profile_names():
+            raise ProfileError(unknown("profile", name, profile_names()))
+        return read_profile(FOLDER / f"{name}.toml")
+    if Path(name).stem in profile_names():
+        raise ProfileError(f"{name}: {Path(name).stem} is a profile of this repository, give it another name")
+    return read_profile(Path(name))
 
 
 def read_profile(path: Path) -> Profile:
@@ -155,7 +184,7 @@ def read_profile(path: Path) -> Profile:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         if base := content.pop("same_as", None):
-            content = tomllib.loads((FOLDER / f"{base}.toml").read_text(encoding="utf-8")) | content
+            content = _merged(tomllib.loads((FOLDER / f"{base}.toml").read_text(encoding="utf-8")), content)
         return Profile(name=path.stem, **content)
     except ValidationError as error:
         first = error.errors()[0]
@@ -163,3 +192,9 @@ def read_profile(path: Path) -> Profile:
         raise ProfileError(f"{path.name}: {place}: {first['msg']}") from None
     except (tomllib.TOMLDecodeError, OSError, TypeError) as error:
         raise ProfileError(f"{path.name}: {error}") from None
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `own`, table by table: a recipe may change its epochs and nothing else."""
+    both = {key for key in own if isinstance(own[key], dict) and isinstance(base.get(key), dict)}
+    return base | own | {key: _merged(base[key], own[key]) for key in both}

@@ -321,7 +321,7 @@ def _upsert_per_class(new: pd.DataFrame, table: str, profile: str) -> None:
         raise InputError(f"per_class must be the per_class_table of {table}")
     target = paths.figures(profile) / "per_class.csv"
     paths.decoded().mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.decoded() / f"per_class-{profile}.lock"):
+    with FileLock(paths.decoded() / f"per_class-{target.parent.name}.lock"):
         merged = _as_text(new.to_csv(index=False))
         if target.is_file():
             old = _as_text(target.read_text(encoding="utf-8"))

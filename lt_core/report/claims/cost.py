@@ -86,7 +86,7 @@ def new_classes(study: Study) -> Part:
 
 def image_shape(saved: FeatureCache) -> tuple[int, int, int]:
     """Channels, height and width of the images that a cache's network received."""
-    dataset, size = saved.meta["dataset"], saved.meta["recipe"]["input_size"]
+    dataset, size = saved.meta["dataset"].removesuffix("_part"), saved.meta["recipe"]["input_size"]
     if dataset not in IMAGE_SHAPES:
         raise InputError(unknown("data set", dataset, list(IMAGE_SHAPES)))
     channels, *stored = IMAGE_SHAPES[dataset]

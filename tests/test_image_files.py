@@ -1,0 +1,141 @@
+"""Images in files: the same pixels whatever decodes them, and errors that name the file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lt_core.errors import DataError, InputError
+from lt_core.image_files import (
+    Decoder,
+    ImageFiles,
+    Key,
+    centre_box,
+    decoded_on,
+    evaluation_batches,
+    training_batches,
+)
+from lt_core.profiles import Augmentation, Recipe
+from lt_core.samplers import epoch_batches
+from lt_core.train import Machine, this_machine
+
+AUGMENTATION = Augmentation(random_resized_crop=0.08, flip=True, colour_jitter=0.4)
+RECIPE = Recipe(
+    epochs=1,
+    batch_size=8,
+    learning_rate=0.1,
+    classifier_learning_rate=0.1,
+    input_size=24,
+    augmentation=AUGMENTATION,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> ImageFiles:
+    """24 smooth JPEGs of different sizes."""
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(24):
+        small = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((60 + number, 40 + 2 * number), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.jpg", quality=95)
+    return ImageFiles(folder, np.array([f"{number}.jpg" for number in range(24)]))
+
+
+def machine(**options: object) -> Machine:
+    return Machine(CPU, this_machine().autocast, "", **options)
+
+
+def epoch(files: ImageFiles, rank: int = 0, world_size: int = 1, first: int = 0, **options: object) -> list:
+    batches = epoch_batches("uniform", torch.zeros(24, dtype=torch.int64), 8, 0, 0, rank, world_size)
+    place = machine(rank=rank, world_size=world_size, **options)
+    return list(training_batches(files, batches, RECIPE, 0, 0, first, place))
+
+
+def test_pixels_do_not_depend_on_workers_processes_or_where_an_epoch_is_resumed(files):
+    torch.manual_seed(1)
+    alone = epoch(files)
+    assert [batch.shape for batch in alone] == [(8, 3, 24, 24)] * 3
+    assert alone[0].is_contiguous(memory_format=torch.channels_last) and alone[0].min() >= 0
+    torch.manual_seed(2)  # the global generator plays no part ...
+    state = torch.get_rng_state()
+    again, resumed = epoch(files, workers=1), epoch(files, first=1)
+    assert torch.equal(state, torch.get_rng_state())  # ... and is left alone
+    for one, two in zip(alone, again, strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(alone[1:], resumed, strict=True):
+        assert torch.equal(one, two)
+    shares = [epoch(files, rank, 2) for rank in range(2)]
+    for step, batch in enumerate(alone):
+        for rank in range(2):
+            assert torch.equal(batch[rank::2], shares[rank][step])
+
+
+def test_two_views_differ_and_colours_change(files):
+    batches = torch.arange(4)[None]
+    (pixels,) = training_batches(files, batches, RECIPE, 0, 0, 0, machine(), views=2)
+    assert pixels.shape == (8, 3, 24, 24)
+    assert (pixels[:4] - pixels[4:]).abs().mean() > 5
+    grey = RECIPE.model_copy(update={"augmentation": AUGMENTATION.model_copy(update={"grey": 1.0})})
+    (pixels,) = training_batches(files, batches, grey, 0, 0, 0, machine())
+    torch.testing.assert_close(pixels[:, 0], pixels[:, 2], atol=0.01, rtol=0)
+
+
+def test_a_test_image_is_its_central_square(files):
+    (pixels,) = evaluation_batches(files, 24, machine())
+    assert len(pixels) == 24
+    with Image.open(files.folder / "3.jpg") as image:
+        top, left, height, width = centre_box(image.size)
+        assert (width, height) == (0.875 * 46, 0.875 * 46)
+        corners = (left, top, left + width, top + height)
+        expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=corners))
+    assert torch.equal(pixels[3].permute(1, 2, 0), torch.from_numpy(expected.copy()).float())
+
+
+def test_decoding_on_the_device_gives_nearly_the_same_pixels(files):
+    """What `--gpu-decode` does, on the CPU: another decoder and resampler, the same boxes."""
+    for one, two in zip(epoch(files), epoch(files, decodes_on_device=True), strict=True):
+        assert (one - two).abs().mean() < 4
+    (one,) = evaluation_batches(files, 24, machine())
+    (two,) = evaluation_batches(files, 24, machine(decodes_on_device=True))
+    assert 0 < (one - two).abs().mean() < 4
+    assert decoded_on.__doc__
+
+
+def test_other_formats_and_colours_are_decoded_by_workers(tmp_path):
+    """ImageNet has a PNG and CMYK files under .JPEG names."""
+    red = Image.new("RGB", (40, 40), (200, 30, 30))
+    red.save(tmp_path / "a.JPEG", "PNG")
+    red.convert("CMYK").save(tmp_path / "b.JPEG", "JPEG", quality=95)
+    red.convert("L").save(tmp_path / "c.JPEG", "JPEG")
+    red.save(tmp_path / "d.JPEG", "JPEG", quality=95)
+    files = ImageFiles(tmp_path, np.array(["a.JPEG", "b.JPEG", "c.JPEG", "d.JPEG"]))
+    for on_device in (False, True):
+        (pixels,) = evaluation_batches(files, 24, machine(decodes_on_device=on_device))
+        for row in (0, 1, 3):
+            assert (pixels[row].mean((1, 2)) - torch.tensor([200.0, 30, 30])).abs().max() < 6
+        assert torch.equal(pixels[2, 0], pixels[2, 1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_or_missing_file_is_named_in_one_sentence(files, tmp_path, workers):
+    (tmp_path / "half.jpg").write_bytes((files.folder / "0.jpg").read_bytes()[:300])
+    for name in ("half.jpg", "none.jpg"):
+        broken = ImageFiles(tmp_path, np.array([name]))
+        with pytest.raises(DataError, match=rf"^{name} in .* is not a readable image: [^\n]*$"):
+            list(evaluation_batches(broken, 24, machine(workers=workers)))
+        with pytest.raises(DataError, match=rf"^{name} in "):
+            broken.check(10)
+
+
+def test_what_files_cannot_do_is_refused(files):
+    with pytest.raises(InputError, match="need an input_size"):
+        Decoder(files, 0)
+    with pytest.raises(InputError, match="crop_padding is for images in memory"):
+        Decoder(files, 24, Augmentation(crop_padding=4))
+
+
+def test_rows_are_selected_as_those_of_a_tensor(files):
+    assert files[slice(1, None, 2)].names.tolist() == files.names[1::2].tolist()
+    assert len(files[torch.arange(24) > 20]) == 3
+    assert Decoder(files, 24)[Key(0)].pixels.dtype == torch.uint8

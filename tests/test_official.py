@@ -1,0 +1,217 @@
+"""The official lists: counts, both layouts, refusals, downloads, and checks of a tree of images."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parts import class_folders, part_counts, write_part
+
+from lt_core import official
+from lt_core.datasets import check_data, load_dataset, read_list
+from lt_core.errors import DataError
+from lt_core.groups import group_of
+from lt_core.image_files import ImageFiles
+from lt_core.official import ImageTree, check_official, digest, located, normalised, official_counts
+
+LISTS = Path(os.environ.get("LT_DATA_ROOT", "")) / "official_lists"
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Both data sets in small."""
+    root = tmp_path_factory.mktemp("part")
+    for name in ("imagenet_lt", "places_lt"):
+        write_part(root, name, divisor=400, size=24)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "out"))
+
+
+def made_lists(name: str) -> dict[str, list]:
+    """Lists with the official counts and made-up files."""
+    counts, per_class = official_counts(name), official.OFFICIAL[name].per_class
+    folders = [f"n{label:08d}" for label in range(len(counts))]
+
+    def rows(origin: str, numbers: list[int]) -> list:
+        return [
+            (f"{origin}/{folders[c]}/{origin}{c}_{i}.JPEG", c)
+            for c, n in enumerate(numbers)
+            for i in range(n)
+        ]
+
+    val, test = ([per_class[split]] * len(counts) for split in ("val", "test"))
+    return {"train": rows("train", counts), "val": rows("train", val), "test": rows("val", test)}
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "groups"),
+    [
+        ("imagenet_lt", (115846, 20000, 50000), (391, 463, 146)),
+        ("places_lt", (62500, 7300, 36500), (132, 156, 77)),
+    ],
+)
+def test_published_counts(name, images, groups):
+    counts, per_class = official_counts(name), official.OFFICIAL[name].per_class
+    assert (sum(counts), *(len(counts) * per_class[split] for split in ("val", "test"))) == images
+    assert tuple(int(group.sum()) for group in group_of(np.array(counts)).values()) == groups
+
+
+def test_lists_with_the_official_counts_pass_and_others_are_named():
+    lists = made_lists("imagenet_lt")
+    check_official("imagenet_lt", normalised(lists))
+    with pytest.raises(DataError, match="ImageNet_LT_val.txt is not the official list: it has 19999 images"):
+        check_official("imagenet_lt", normalised(lists | {"val": lists["val"][1:]}))
+    moved = [(lists["train"][0][0], 1), *lists["train"][1:]]
+    with pytest.raises(DataError, match="train.txt is not .*: class 0 has 49 images, in the official one 50"):
+        check_official("imagenet_lt", normalised(lists | {"train": moved}))
+    with pytest.raises(
+        DataError, match="Places_LT_train.txt is not .*: its counts are right, but its images"
+    ):
+        check_official("places_lt", normalised(made_lists("places_lt")))
+
+
+@pytest.mark.skipif(not LISTS.is_dir(), reason="needs the official Places-LT lists under LT_DATA_ROOT")
+def test_the_real_places_lists_in_both_layouts():
+    images = normalised({split: read_list(LISTS / f"Places_LT_{split}.txt") for split in SPLITS})
+    check_official("places_lt", images)
+
+    def in_letters(image: official.Image) -> str:
+        nested = image.class_name.replace("-", "/")
+        return (
+            f"data_256/{nested[0]}/{nested}/{image.file}"
+            if image.origin == "train"
+            else f"val_256/{image.file}"
+        )
+
+    other = {split: [(in_letters(i), i.label) for i in reversed(rows)] for split, rows in images.items()}
+    check_official("places_lt", normalised(other))
+    assert digest(normalised(other)["test"]) == digest(images["test"])
+    assert len(official.class_folders(images["train"])) == 365
+
+
+def test_paths_in_no_layout_and_labels_of_two_classes_are_refused():
+    with pytest.raises(DataError, match="'images/cat/1.jpg' is in none of the official layouts"):
+        normalised({"train": [("images/cat/1.jpg", 0)]})
+    (image,) = normalised({"train": [("data/ILSVRC/Data/CLS-LOC/train/n01440764/1.JPEG", 0)]})["train"]
+    assert str(image) == "train/n01440764/1.JPEG 0"
+    images = normalised({"train": [("train/cat/1.jpg", 0), ("train/dog/1.jpg", 0)]})["train"]
+    with pytest.raises(DataError, match="images of cat and of dog as class 0"):
+        official.class_folders(images)
+    with pytest.raises(DataError, match="no image of class 0"):
+        official.class_folders(normalised({"train": [("train/cat/1.jpg", 1)]})["train"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "there"),
+    [
+        ("train/bar-indoor/1.jpg", "train/bar-indoor/1.jpg"),
+        ("train/bar-indoor/1.jpg", "data_256/b/bar/indoor/1.jpg"),
+        ("data_256/b/bar/indoor/1.jpg", "train/bar-indoor/1.jpg"),
+        ("data_256/b/bar/indoor/1.jpg", "data_large/b/bar/indoor/1.jpg"),
+        ("val/bar-indoor/Places365_val_1.jpg", "val_256/Places365_val_1.jpg"),
+        ("val_256/Places365_val_1.jpg", "val/bar-indoor/Places365_val_1.jpg"),
+    ],
+)
+def test_images_are_found_in_the_layout_that_is_there(tmp_path, listed, there):
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).touch()
+    records = {"train": [("train/bar-indoor/9.jpg", 0)], "test": [(listed, 0)]}
+    tree = ImageTree(tmp_path)
+    assert located("places_lt", normalised(records)["test"], tree) == [there]
+    assert there in tree and "train/other/1.jpg" not in tree
+
+
+def test_a_part_is_a_data_set_of_files(root):
+    data = load_dataset("imagenet_lt_part", root)
+    assert data.num_classes == 1000 and data.counts.tolist() == part_counts("imagenet_lt", 400)
+    assert data.wnids == tuple(class_folders("imagenet_lt", 1000)) and data.class_names[0]
+    assert isinstance(data.splits["test"].images, ImageFiles) and len(data.splits["test"]) == 1000
+    places = load_dataset("places_lt_part", root)
+    assert places.class_names[:2] == ("place 000, indoor", "place 001") and places.wnids is None
+
+
+def profile_of_parts(folder: Path) -> str:
+    path = folder / "trial.toml"
+    path.write_text(
+        'same_as = "paper"\n[datasets]\nimagenet_lt = "imagenet_lt_part"\nplaces_lt = "places_lt_part"\n',
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def test_check_data_on_parts_and_its_refusals(root, tmp_path):
+    profile = profile_of_parts(tmp_path)
+    lines = list(check_data(profile, root, deep=True))
+    assert any("1000 val, 1000 test images of 1000 classes are there" in line for line in lines)
+    assert sum("of each split, evenly spaced, can be decoded" in line for line in lines) == 2
+    with pytest.raises(DataError, match="ImageNet_LT_train.txt is not the official list: it has"):
+        list(check_data("paper", root))
+
+    tree = root / "imagenet" / "val"
+    victims = sorted(tree.rglob("*.JPEG"))[:3]
+    for victim in victims:
+        victim.rename(victim.with_suffix(".away"))
+    with pytest.raises(
+        DataError, match="the test list names 1000 images, of which 3 are missing .* unpack or"
+    ):
+        list(check_data(profile, root))
+    (report,) = (tmp_path / "out" / ".cache").glob("missing-*.txt")
+    assert report.read_text().splitlines() == [v.relative_to(root / "imagenet").as_posix() for v in victims]
+    for victim in victims:
+        victim.with_suffix(".away").rename(victim)
+
+    half = victims[0].read_bytes()
+    victims[0].write_bytes(half[:100])
+    with pytest.raises(DataError, match=rf"{victims[0].name} in .* is not a readable image"):
+        list(check_data(profile, root, deep=True))
+    victims[0].write_bytes(half)
+
+
+def test_lists_are_downloaded_once_and_their_absence_is_one_sentence(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    class Answer:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self) -> bytes:
+            return b"train/cat/1.jpg 0\n"
+
+    monkeypatch.setattr(
+        official.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer()
+    )
+    for _ in range(2):
+        files = official.list_files("places_lt", tmp_path)
+    assert Counter(Path(url).name for url in asked) == {f"Places_LT_{split}.txt": 1 for split in SPLITS}
+    assert read_list(files["train"]) == [("train/cat/1.jpg", 0)]
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(official.urllib.request, "urlopen", offline)
+    with pytest.raises(
+        DataError, match="has no ImageNet_LT_train.txt and it cannot be downloaded .* put it into"
+    ):
+        list(check_data("paper", tmp_path))
+
+
+@pytest.mark.skipif(not LISTS.is_dir(), reason="needs the official Places-LT lists under LT_DATA_ROOT")
+def test_the_official_lists_on_an_empty_tree_say_what_is_missing(tmp_path):
+    for split in SPLITS:
+        (tmp_path / f"Places_LT_{split}.txt").symlink_to(LISTS / f"Places_LT_{split}.txt")
+    with pytest.raises(DataError, match="there is no folder .*places365: docs/full_scale.md says"):
+        load_dataset("places_lt", tmp_path)
+    (tmp_path / "places365").mkdir()
+    with pytest.raises(
+        DataError, match="62500 images, of which 62500 are missing .*; of all lists 106300 are"
+    ):
+        load_dataset("places_lt", tmp_path)
