@@ -51,7 +51,7 @@ from lt_core.profiles import Backbone, Profile, Recipe, load_profile
 from lt_core.public_weights import load_simclr_weights, load_supervised_weights
 from lt_core.rsg import RSG
 from lt_core.shared_features import shared_features
-from lt_core.train import Machine, extract_features, fit, load_checkpoint, this_machine
+from lt_core.train import Machine, extract_features, fit, load_checkpoint, save_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
 Say = Callable[[str], None]
@@ -99,8 +99,19 @@ def ensure(
 
 
 def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = None) -> FeatureCache:
-    """The feature cache of one backbone and seed (trained first where the profile does that)."""
-    return load_cache(ensure(profile, backbone, seed, data_root))
+    """The feature cache of one backbone and seed (trained first where the profile does that).
+
+    Raises CacheError for a damaged one and for one that was moved here from another place.
+    """
+    folder = ensure(profile, backbone, seed, data_root)
+    cache = load_cache(folder)
+    stated = {key: cache.meta.get(key) for key in ("dataset", "backbone", "seed")}
+    wanted = {"dataset": load_profile(profile).dataset_of(backbone), "backbone": backbone, "seed": seed}
+    if stated != wanted:
+        raise CacheError(
+            f"{folder} holds the cache of {stated}: move it back, or delete it and make it again"
+        )
+    return cache
 
 
 def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
@@ -206,15 +217,20 @@ def write_cache(
     """
     cache = extract(job)
     if best is not None:
-        saved = load_checkpoint(best)
-        job.model.load_state_dict(saved["model"])
+        try:
+            saved = load_checkpoint(best)
+            job.model.load_state_dict(saved["model"])
+            more["epoch_of_best"] = saved["epoch"]
+        except (CacheError, KeyError, RuntimeError, TypeError):
+            raise CacheError(
+                f"{best} is not a whole checkpoint of this run: delete {best.parent} to train again"
+            ) from None
         of_best = extract(job)
     if job.machine.rank == 0:
         accuracies = {"last": _accuracies(cache)}
         _refuse_chance(accuracies["last"]["val"]["classifier"]["many"], len(job.kept))
         if best is not None:
             accuracies["best_on_validation"] = _accuracies(of_best)
-            more["epoch_of_best"] = saved["epoch"]
         _write(job, folder, cache, accuracies, history, more)
     if job.machine.world_size > 1:
         dist.barrier()
@@ -253,7 +269,7 @@ def _start(
         weights = pretrain(profile, backbone.start, seed, data_root, say)
         try:
             network.load_state_dict(load_checkpoint(weights)["backbone"])
-        except (KeyError, RuntimeError):
+        except (KeyError, RuntimeError, TypeError):
             raise CacheError(f"{weights} does not fit the network {backbone.network}: delete it") from None
 
 
@@ -275,8 +291,7 @@ def pretrain(profile: Profile, name: str, seed: int, data_root: str | None = Non
         loss = build_loss("cross_entropy", data.counts)
         history = fit(Model(network, head), data, recipe, "uniform", loss, seed, run, say=say)
         _refuse_chance(history[-1]["val_accuracy"], data.num_classes)
-        with paths.atomic(weights) as temporary:
-            torch.save({"backbone": network.state_dict()}, temporary)
+        save_checkpoint(weights, {"backbone": network.state_dict()})
     return weights
 
 
@@ -494,7 +509,7 @@ def extract_command(
     job = prepare(load_profile(profile), backbone, saved.get("seed", 0), data_root, _say, options)
     try:
         job.model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError, TypeError):
         raise CacheError(f"{checkpoint} is not a checkpoint of {profile}/{backbone}") from None
     write_cache(job, Path(out), history=saved.get("history"))
     _say(f"{_one_line(read_meta(Path(out)))}; cache in {out}")

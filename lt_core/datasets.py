@@ -17,6 +17,7 @@ import json
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,13 +29,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lt_core import official, paths
-from lt_core.errors import DataError, InputError, unknown
+from lt_core.errors import DataError, InputError, first_line, unknown
 from lt_core.image_files import ImageFiles
 from lt_core.profiles import load_profile
 from lt_core.wordnet import synset_of
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
+# What damaged archives raise: beside the libraries' own errors zlib's, EOFError, and RuntimeError (encrypted,
+# unknown compression) and the ValueErrors of headers.
+ARCHIVE_ERRORS = (
+    *(OSError, tarfile.TarError, zipfile.BadZipFile, zlib.error),
+    *(EOFError, KeyError, ValueError, RuntimeError),
+)
 SAMPLE = 1000  # images of a split of files that `check-data --deep` decodes
 
 
@@ -154,8 +161,8 @@ class ImageSource:
             else:
                 self._archive = tarfile.open(self.path)  # noqa: SIM115 (closed with the source)
                 self._members = {member.name: member for member in self._archive if member.isfile()}
-        except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from None
+        except ARCHIVE_ERRORS as error:
+            raise DataError(f"{self.path} cannot be read: {first_line(error)}") from None
         if not self.path.is_dir():
             self.names = {n.removeprefix(self._prefix) for n in self._members if n.startswith(self._prefix)}
 
@@ -187,8 +194,15 @@ class ImageSource:
                 if isinstance(self._archive, zipfile.ZipFile):
                     return self._archive.read(member)
                 return self._archive.extractfile(member).read()
-        except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-            raise DataError(f"{name} in {self.path} cannot be read: {error}") from None
+        except ARCHIVE_ERRORS as error:
+            raise DataError(f"{name} in {self.path} cannot be read: {first_line(error)}") from None
+
+    def text(self, name: str) -> str:
+        """Content of a text file; raises DataError naming it when it is missing or not UTF-8."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} in {self.path} is not text: {error}") from None
 
     def stamp(self) -> list:
         """What changes when the files do: path, size and time of change."""
@@ -236,10 +250,11 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
 def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # whatever a header claims
-    except (OSError, ValueError, EOFError):
+        # Mapped first: a header that claims more than the file holds claims no memory.
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError):
         return None
-    return np.array(mapped) if mapped.shape == shape and mapped.dtype == np.uint8 else None
+    return np.array(images) if images.shape == shape and images.dtype == np.uint8 else None
 
 
 # ---------------------------------------------------------------- the data sets
@@ -318,10 +333,8 @@ def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[s
 
 def tiny_imagenet_classes(source: ImageSource) -> tuple[list[str], list[str]]:
     """Tiny-ImageNet's wnids in the order of wnids.txt and the first English name of each."""
-    wnids = source.read("wnids.txt").decode().split()
-    words = dict(
-        line.split("\t", 1) for line in source.read("words.txt").decode().splitlines() if "\t" in line
-    )
+    wnids = source.text("wnids.txt").split()
+    words = dict(line.split("\t", 1) for line in source.text("words.txt").splitlines() if "\t" in line)
     return wnids, [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
 
 
@@ -333,8 +346,14 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
         if parts[0] == "train" and len(parts) == 4 and parts[1] in folders:
             folders[parts[1]].append(name)
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    annotations = source.read("val/val_annotations.txt").decode().splitlines()
-    test = [(f"val/images/{line.split()[0]}", label_of[line.split()[1]]) for line in annotations]
+    test = []
+    for number, line in enumerate(source.text("val/val_annotations.txt").splitlines(), start=1):
+        image, wnid = [*line.split(), "", ""][:2]
+        if wnid not in label_of:
+            raise DataError(
+                f"val_annotations.txt in {source.path}, line {number}: no known class in {line!r}"
+            )
+        test.append((f"val/images/{image}", label_of[wnid]))
     return long_tail_lists(list(folders.values()), pareto_counts(len(wnids))) | {"test": test}
 
 

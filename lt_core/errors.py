@@ -40,6 +40,11 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
     return f"unknown {kind} {name!r}: choose one of {', '.join(sorted(known))}"
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def as_tensor(name: str, value: object) -> torch.Tensor:
     """`value` as a tensor (NumPy arrays, lists and tensors accepted); raises InputError otherwise."""
     if isinstance(value, torch.Tensor):

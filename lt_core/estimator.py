@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -209,7 +209,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             raise InputError(f"the classifier cannot be stored: {error}") from None
         tensors = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in TENSORS}
         with paths.atomic(Path(path)) as temporary:
-            save_file(tensors, temporary, {"json": text, "sha256": _sha256(tensors, text)})
+            temporary.write_bytes(save(tensors, {"json": text, "sha256": _sha256(tensors, text)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

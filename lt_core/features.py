@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,13 +140,23 @@ def save_cache(folder: Path, cache: FeatureCache, features_of: str | None = None
         # Copies, for the format takes no two tensors that share memory, as weights and prototypes may.
         shareable = {"weights", "counts", "prototypes", "bias", "direction"} & set(tensors)
         copies = {n: tensors[n].clone(memory_format=torch.contiguous_format) for n in shareable}
-        save_file(tensors | copies, temporary)
+        _save_tensors(tensors | copies, temporary)
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / TENSORS)}
     if features_of:
         sha256 = read_meta(folder.parent / features_of)["sha256"]
         meta[SHARED] = {"of": features_of, "splits": list(cache.splits), "sha256": sha256}
     with paths.atomic(folder / META) as temporary:
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors writes without a copy in memory, but a full disk stands in the text of its own error."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

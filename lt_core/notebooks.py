@@ -129,7 +129,7 @@ class Record:
         """The record of the last run; None when there is none that can be read."""
         try:
             return cls(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
 

@@ -67,7 +67,9 @@ def data_root(given: str | Path | None = None) -> Path:
 def atomic(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that replaces it only when the block ends without an error.
 
-    A killed process leaves at most a file named `.<name>.*.tmp`, which nothing reads.
+    A killed process leaves at most a file named `.<name>.*.tmp`, which nothing reads. An OSError (disk full)
+    names the target. Write plain bytes: libraries that write files themselves report a full disk in ways of
+    their own.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -79,5 +81,9 @@ def atomic(target: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is None:  # a failed write does not say where
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)

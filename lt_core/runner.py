@@ -472,6 +472,8 @@ def explain(executed: Path, log: str, status: int) -> tuple[str, str]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 return f"{output['ename']}: {output['evalue']}".strip().splitlines()[0], f"cell {index + 1}"
+    if NEVER_STARTED.search(log):
+        return "the kernel did not start: is ipykernel whole in this environment?", ""
     if "DeadKernelError" in log or "Kernel died" in log:
         begun = [i for i, cell in enumerate(cells) if cell["metadata"].get("papermill", {}).get("start_time")]
         return "the kernel was killed (out of memory?)", f"cell {begun[-1] + 1}" if begun else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from torch.nn.functional import normalize
 from lt_core import paths
 from lt_core.augmentation import augment, resize, to_pixels
 from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, InputError, TrainingError
+from lt_core.errors import CacheError, InputError, TrainingError, first_line
 from lt_core.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, partners
@@ -221,8 +222,10 @@ def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> f
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    torch.save(state, content)
     with paths.atomic(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -230,14 +233,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CacheError(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch itself reads past flipped bits
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+                raise ValueError(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(
-            f"the checkpoint {path} cannot be read ({reason}): delete it to start again"
+            f"the checkpoint {path} cannot be read ({first_line(error)}): delete it to start again"
         ) from None
 
 
@@ -330,9 +335,17 @@ def _fit(
         "history": [],
     }
     if run is not None and (run / "last.pt").exists():
-        state |= load_checkpoint(run / "last.pt")
-        model.load_state_dict(state.pop("model"))
-        optimiser.load_state_dict(state.pop("optimiser"))
+        saved = load_checkpoint(run / "last.pt")
+        if saved.keys() != state.keys() | {"model", "optimiser"} or saved["seed"] != seed:
+            raise CacheError(f"{run / 'last.pt'} is of another run: delete it to start again")
+        try:
+            model.load_state_dict(saved.pop("model"))
+            optimiser.load_state_dict(saved.pop("optimiser"))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{run / 'last.pt'} does not fit this network ({first_line(error)}): delete it to start again"
+            ) from None
+        state |= saved
         say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")
 
     def save() -> None:

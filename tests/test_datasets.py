@@ -246,7 +246,7 @@ def test_tiny_imagenet_rule_reproduces_the_lists_line_for_line():
         """The names of the full data set; its other files come from the part at hand."""
 
         names = frozenset(f"train/{w}/images/{w}_{i}.JPEG" for w in wnids for i in range(500))
-        read = ImageSource(root, "tiny-imagenet-200").read
+        text = ImageSource(root, "tiny-imagenet-200").text
 
     made = tiny_imagenet_lists(Full(), wnids)
     for split in ("train", "val", "test", "balanced"):

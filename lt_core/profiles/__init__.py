@@ -3,7 +3,7 @@
 One declarative file each, `lt_core/profiles/NAME.toml`, or a file of one's own that is named by its path;
 unknown, mistyped or unused keys are errors.
 
-    profile = load_profile("embedded")             # or load_profile("/home/me/my_profile.toml")
+    profile = load_profile("embedded")             # or load_profile("path/to/my_profile.toml")
     profile.backbone("sqrt").sampler
 """
 
