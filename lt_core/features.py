@@ -229,6 +229,9 @@ class StoredSplits(Mapping[str, tuple[Tensor, Tensor]]):
             self._read[split] = dequantise(values, step), labels
         return self._read[split]
 
+    def __contains__(self, split: object) -> bool:
+        return split in self._stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lt_core import features as features_module
 from lt_core import paths
 from lt_core.errors import CacheError, InputError
 from lt_core.features import (
@@ -215,6 +216,15 @@ def test_principal_directions_are_orthonormal_and_keep_cosines():
     strength = (projected**2).sum(0)
     assert (strength[:-1] >= strength[1:]).all()
     assert torch.equal(directions, principal_directions(features, 5))
+
+
+def test_a_split_is_expanded_when_it_is_read(tmp_path, monkeypatch):
+    save_cache(tmp_path, make_cache())
+    loaded, expanded = load_cache(tmp_path), []
+    whole = features_module.dequantise
+    monkeypatch.setattr(features_module, "dequantise", lambda *given: expanded.append(1) or whole(*given))
+    assert "train" in loaded.splits and list(loaded.splits) == ["train", "val", "test"] and not expanded
+    assert loaded.features("test") is loaded.features("test") and len(expanded) == 1
 
 
 MEMORY = """
