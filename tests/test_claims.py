@@ -289,8 +289,8 @@ def test_a_group_may_be_below_only_by_chance():
 def test_systems_without_a_run_are_untestable_and_become_testable_by_themselves():
     lade = System("lade", "imagenet_lt", "a")
     assert outcome(beats(A, lade, "total"), study(a=cache(0.9))) == "untestable"
-    assert outcome(beats(A, lade, "total"), study(a=cache(0.9), lade=cache(0.5))) == "holds"
-    assert outcome(beats(A, lade, "total"), study(a=cache(0.5), lade=cache(0.9))) == "fails"
+    assert outcome(beats(A, lade, "total"), study(a=cache(0.9), lade=whole(0.5))) == "holds"
+    assert outcome(beats(A, lade, "total"), study(a=cache(0.5), lade=whole(0.9))) == "fails"
 
 
 def test_systems_on_frozen_features_are_fitted_to_them():
