@@ -449,11 +449,23 @@ def _accumulate_gradient(
 
 
 def _log(run: Path, history: list[dict[str, float]]) -> None:
-    """The history as one JSON line an epoch, and its newest entry for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """The history as one JSON line an epoch, and for TensorBoard."""
     with paths.atomic(run / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-    with SummaryWriter(run / "tensorboard") as writer:
-        for name, value in history[-1].items():
-            writer.add_scalar(name, value, history[-1]["epoch"])
+    with paths.atomic(run / "tensorboard" / "events.out.tfevents.history") as temporary:
+        temporary.write_bytes(_tensorboard_events(history))
+
+
+def _tensorboard_events(history: list[dict[str, float]]) -> bytes:
+    """The content of an event file. TensorBoard's own writer is a thread that does not report a full disk."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = io.BytesIO()
+    writer = RecordWriter(content)
+    writer.write(Event(file_version="brain.Event:2").SerializeToString())
+    for entry in history:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in entry.items()]
+        writer.write(Event(step=entry["epoch"], summary=Summary(value=values)).SerializeToString())
+    return content.getvalue()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lt_core import paths, train
 from lt_core.datasets import Dataset, Split, load_dataset
@@ -89,7 +90,10 @@ def test_it_learns_and_keeps_a_history(tmp_path):
     assert [entry["epoch"] for entry in history] == list(range(1, 11))
     assert history[-1]["loss"] < history[0]["loss"] / 2 and history[-1]["val_accuracy"] > 60
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 10
-    assert list((tmp_path / "tensorboard").iterdir())
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in shown] == [
+        (entry["epoch"], pytest.approx(entry["loss"])) for entry in history
+    ]
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["epoch"] == max(history, key=lambda e: e["val_accuracy"])["epoch"]
     assert model.classifier.scale.item() != 16  # the scale is learned
