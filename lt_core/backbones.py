@@ -106,7 +106,9 @@ def load(profile: str, backbone: str, seed: int = 0, data_root: str | None = Non
     folder = ensure(profile, backbone, seed, data_root)
     cache = load_cache(folder)
     stated = {key: cache.meta.get(key) for key in ("dataset", "backbone", "seed")}
-    wanted = {"dataset": load_profile(profile).dataset_of(backbone), "backbone": backbone, "seed": seed}
+    chosen = load_profile(profile)
+    own = {"dataset": chosen.dataset_of(backbone), "backbone": chosen.trained_as(backbone)}
+    wanted = own | {"seed": seed}
     if stated != wanted:
         raise CacheError(
             f"{folder} holds the cache of {stated}: move it back, or delete it and make it again"
