@@ -204,10 +204,10 @@ def main() -> None:
     def bare_forward() -> None:
         model.eval()
         with torch.inference_mode(), machine.autocast():
-            for _ in range(4):
+            for _ in range(15):
                 model.backbone(chunk)
 
-    some = part.splits["train"].images[:1024]
+    some = data.splits["train"].images[: 15 * len(chunk)]
     extract_s, forward_s = interleaved(
         lambda: extract_features(model.backbone, some, 0, machine), bare_forward, options.repeats
     )

@@ -24,12 +24,12 @@ def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch
     """
     indices = indices.to(images.device)
     if how.random_resized_crop:
-        pixels = to_pixels(images[indices])
+        pixels = to_pixels(images.index_select(0, indices))
         pixels = random_resized_crop(pixels, how.random_resized_crop, how.flip, generator)
     elif how.crop_padding or how.flip:
         pixels = to_pixels(crop_and_flip(images, indices, how.crop_padding, how.flip, generator))
     else:
-        pixels = to_pixels(images[indices])
+        pixels = to_pixels(images.index_select(0, indices))
     return colour_jitter(pixels, how, generator) if how.colour_jitter else pixels
 
 
@@ -87,13 +87,17 @@ def random_resized_crop(pixels: Tensor, smallest: float, flip: bool, generator: 
     mirror = (
         torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(batch)
     )
-    zero = torch.zeros(batch)
-    across = torch.stack([width * mirror, zero, shift[0] * (1 - width)], dim=1)
-    down = torch.stack([zero, height, shift[1] * (1 - height)], dim=1)
-    boxes = torch.stack([across, down], dim=1).to(pixels.device)
-    grid = torch.nn.functional.affine_grid(boxes, list(pixels.shape), align_corners=False)
+    across = _positions(width * mirror, shift[0] * (1 - width), pixels.shape[3]).to(pixels.device)
+    down = _positions(height, shift[1] * (1 - height), pixels.shape[2]).to(pixels.device)
+    grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), dim=3)
     cropped = grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return cropped.contiguous(memory_format=torch.channels_last)
+
+
+def _positions(scale: Tensor, shift: Tensor, size: int) -> Tensor:
+    """Where to sample along one axis [B, size], -1..1 from border to border (affine_grid, no rotation)."""
+    centres = (2 * torch.arange(size) + 1) / size - 1
+    return scale[:, None] * centres + shift[:, None]
 
 
 def colour_jitter(pixels: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
@@ -129,12 +133,12 @@ def change_colours(pixels: Tensor, colours: Tensor, turn: bool) -> Tensor:
     def spread(values: Tensor) -> Tensor:
         return values.reshape(-1, 1, 1, 1).to(pixels.device)
 
-    luma = YIQ[0].to(pixels.device).view(1, 3, 1, 1)
+    luma = YIQ[0].to(pixels.device)
     pixels = (pixels * spread(brightness)).clamp_(0, 255)
-    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    pixels = torch.lerp(mean, pixels, spread(contrast)).clamp_(0, 255)
-    grey = (pixels * luma).sum(1, keepdim=True)
-    pixels = torch.lerp(grey, pixels, spread(saturation)).clamp_(0, 255)
+    mean = pixels.mean((2, 3)) @ luma
+    pixels.mul_(spread(contrast)).add_(spread(mean) * spread(1 - contrast)).clamp_(0, 255)
+    grey = (pixels.permute(0, 2, 3, 1) @ luma)[:, None]
+    pixels.mul_(spread(saturation)).add_(grey * spread(1 - saturation)).clamp_(0, 255)
     return turn_hue(pixels, turns) if turn else pixels
 
 
