@@ -290,22 +290,7 @@ def fit(
     average over the whole batch and the learning rate is that of one process, so results are the same.
     Raises TrainingError when the loss is not finite.
     """
-    with sigterm_noted() as preempted:
-        return _fit(model, data, recipe, sampler, loss, seed, run, machine or this_machine(), say, preempted)
-
-
-def _fit(
-    model: Model,
-    data: Dataset,
-    recipe: Recipe,
-    sampler: str,
-    loss: Loss,
-    seed: int,
-    run: Path | None,
-    machine: Machine,
-    say: Say,
-    preempted: threading.Event,
-) -> list[dict[str, float]]:
+    machine = machine or this_machine()
     keeps = machine.rank == 0 and run is not None
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1
@@ -335,17 +320,7 @@ def _fit(
         "history": [],
     }
     if run is not None and (run / "last.pt").exists():
-        saved = load_checkpoint(run / "last.pt")
-        if saved.keys() != state.keys() | {"model", "optimiser"} or saved["seed"] != seed:
-            raise CacheError(f"{run / 'last.pt'} is of another run: delete it to start again")
-        try:
-            model.load_state_dict(saved.pop("model"))
-            optimiser.load_state_dict(saved.pop("optimiser"))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"{run / 'last.pt'} does not fit this network ({first_line(error)}): delete it to start again"
-            ) from None
-        state |= saved
+        _resume(run / "last.pt", state, model, optimiser)
         say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")
 
     def save() -> None:
@@ -358,67 +333,85 @@ def _fit(
     started = time.monotonic()
     steps = len(train) // recipe.batch_size
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
-    while state["epoch"] < recipe.epochs:
-        epoch = state["epoch"]
-        batches = epoch_batches(
-            sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
-        )
-        running_loss = torch.tensor(state["loss"], device=machine.device, dtype=torch.float64)
-        right = torch.tensor(state["right"], device=machine.device, dtype=torch.float64)
-        model.train()
-        if recipe.frozen:
-            model.backbone.eval()
-        loss.begin_epoch(epoch / recipe.epochs)
-        model.begin_epoch(epoch / recipe.epochs)
-        supply = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
-        for step, pixels in enumerate(supply, start=state["step"]):
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
-            target = partners(len(pixels), machine.device) if contrastive else labels[batches[step]]
-            value, correct = _accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
-            optimiser.step()
-            optimiser.zero_grad()
-            running_loss += value
-            right += correct
-
-            stopping = preempted.is_set() and keeps
-            if stopping or time.monotonic() - started > SAVE_EVERY:
-                state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}
-                save()
-                started = time.monotonic()
-            if stopping:
-                say(f"SIGTERM: stopped in epoch {epoch + 1} after step {step + 1}; the same command resumes")
-                raise KeyboardInterrupt
-
-        entry = {
-            "epoch": epoch + 1,
-            "loss": running_loss.item() / steps,
-            "train_accuracy": 100 * right.item() / (steps * recipe.batch_size * views),
-        }
-        if not math.isfinite(entry["loss"]):
-            raise TrainingError(f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate")
-        if run is not None:
-            entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
-            best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
-            if keeps and entry["val_accuracy"] > best:
-                now = {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
-                save_checkpoint(run / "best.pt", now)
-        state["history"] = [*state["history"], entry]
-        state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "right": 0}
-        save()
-        if keeps:
-            _log(run, state["history"])
-            passed = state["seconds"]
-            left = passed / (epoch + 1) * (recipe.epochs - epoch - 1)
-            say(
-                f"epoch {epoch + 1}/{recipe.epochs}  loss {entry['loss']:.3f}  "
-                f"train {entry['train_accuracy']:.1f} %  val {entry['val_accuracy']:.1f} %  "
-                f"{(epoch + 1) * steps * recipe.batch_size / passed:.0f} images/s  {left:.0f} s left"
+    with sigterm_noted() as preempted:
+        while state["epoch"] < recipe.epochs:
+            epoch = state["epoch"]
+            batches = epoch_batches(
+                sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
             )
-        started = time.monotonic()
-    if machine.world_size > 1:
-        dist.barrier()
+            running_loss = torch.tensor(state["loss"], device=machine.device, dtype=torch.float64)
+            right = torch.tensor(state["right"], device=machine.device, dtype=torch.float64)
+            model.train()
+            if recipe.frozen:
+                model.backbone.eval()
+            loss.begin_epoch(epoch / recipe.epochs)
+            model.begin_epoch(epoch / recipe.epochs)
+            supply = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
+            for step, pixels in enumerate(supply, start=state["step"]):
+                for group in optimiser.param_groups:
+                    group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
+                target = partners(len(pixels), machine.device) if contrastive else labels[batches[step]]
+                value, correct = _accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
+                optimiser.step()
+                optimiser.zero_grad()
+                running_loss += value
+                right += correct
+
+                stopping = preempted.is_set() and keeps
+                if stopping or time.monotonic() - started > SAVE_EVERY:
+                    state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}
+                    save()
+                    started = time.monotonic()
+                if stopping:
+                    say(f"SIGTERM: stopped in epoch {epoch + 1}, step {step + 1}; the same command resumes")
+                    raise KeyboardInterrupt
+
+            entry = {
+                "epoch": epoch + 1,
+                "loss": running_loss.item() / steps,
+                "train_accuracy": 100 * right.item() / (steps * recipe.batch_size * views),
+            }
+            if not math.isfinite(entry["loss"]):
+                raise TrainingError(
+                    f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate"
+                )
+            if run is not None:
+                entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
+                best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
+                if keeps and entry["val_accuracy"] > best:
+                    now = {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
+                    save_checkpoint(run / "best.pt", now)
+            state["history"] = [*state["history"], entry]
+            state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "right": 0}
+            save()
+            if keeps:
+                _log(run, state["history"])
+                passed = state["seconds"]
+                left = passed / (epoch + 1) * (recipe.epochs - epoch - 1)
+                say(
+                    f"epoch {epoch + 1}/{recipe.epochs}  loss {entry['loss']:.3f}  "
+                    f"train {entry['train_accuracy']:.1f} %  val {entry['val_accuracy']:.1f} %  "
+                    f"{(epoch + 1) * steps * recipe.batch_size / passed:.0f} images/s  {left:.0f} s left"
+                )
+            started = time.monotonic()
+        if machine.world_size > 1:
+            dist.barrier()
     return state["history"]
+
+
+def _resume(path: Path, state: dict[str, Any], model: Model, optimiser: torch.optim.SGD) -> None:
+    """Fill `state`, model and optimiser from a checkpoint; raises CacheError unless it is of the same run."""
+    saved = load_checkpoint(path)
+    if saved.keys() != state.keys() | {"model", "optimiser"} or saved["seed"] != state["seed"]:
+        raise CacheError(f"{path} is of another run: delete it to start again")
+    try:
+        model.load_state_dict(saved.pop("model"))
+        optimiser.load_state_dict(saved.pop("optimiser"))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"{path} does not fit this network ({first_line(error)}): delete it to start again"
+        ) from None
+    state |= saved
 
 
 def _accumulate_gradient(
