@@ -258,18 +258,9 @@ def test_infinite_loss_is_an_error(tmp_path):
         run_fit(tmp_path, RECIPE.model_copy(update={"learning_rate": 1e30, "classifier_learning_rate": 1e30}))
 
 
-def test_damaged_and_hostile_checkpoints_are_refused(tmp_path):
+def test_a_damaged_checkpoint_is_refused(tmp_path):
     run_fit(tmp_path)
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CacheError, match="last.pt cannot be read .*delete it to start again"):
         run_fit(tmp_path)
-
-    class Bomb:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "exploded"),))
-
-    torch.save({"epoch": Bomb()}, tmp_path / "last.pt")
-    with pytest.raises(CacheError, match="cannot be read"):
-        run_fit(tmp_path)
-    assert not (tmp_path / "exploded").exists()
