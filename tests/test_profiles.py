@@ -23,7 +23,7 @@ def test_known_profiles():
 def test_embedded_is_small_without_training():
     embedded, small = load_profile("embedded"), load_profile("small")
     assert embedded.backbones == small.backbones and embedded.recipes == small.recipes
-    assert not embedded.trains and small.trains and not embedded.needs_images
+    assert not embedded.trains and small.trains
 
 
 def test_the_default_backbone_is_the_papers():

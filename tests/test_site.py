@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from pages import external_references
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -87,7 +88,7 @@ class Elements(HTMLParser):
 def test_story_with_formulas_tables_and_images(render) -> None:
     page = render(new_markdown_cell(STORY))
     elements = Elements(page)
-    assert site.external_references(page) == []
+    assert external_references(page) == []
     formulas = elements.named("math")
     assert [formula["display"] for formula in formulas] == ["inline", "block", "block", "block"]
     assert formulas[0]["alttext"] == "a_{ij} < 1"
@@ -126,7 +127,7 @@ def test_images_have_the_best_alternative_text(render, tmp_path: Path) -> None:
     under = "Figure under the heading: How features"
     alts = [image["alt"] for image in Elements(page).named("img")]
     assert alts == ['Accuracy "by" <group>', under, under, "From the cell", "From the file"]
-    assert site.external_references(page) == []
+    assert external_references(page) == []
     assert "<svg" not in page  # as an image: names inside it cannot clash
 
 
@@ -237,7 +238,7 @@ def test_index_shows_everything_that_was_made(index: str) -> None:
 
 
 def test_index_has_no_broken_link_and_loads_nothing(index: str, tmp_path: Path) -> None:
-    assert site.external_references(index) == []
+    assert external_references(index) == []
     links = [attributes["href"] for attributes in Elements(index).named("a")]
     assert "../../figures/digits/F2.svg" in links
     for link in links:
@@ -272,7 +273,7 @@ def test_names(stem: str, name: str) -> None:
     ],
 )
 def test_external_references_are_found(page: str) -> None:
-    assert len(site.external_references(f"<html><body>{page}</body></html>")) == 1
+    assert len(external_references(f"<html><body>{page}</body></html>")) == 1
 
 
 def test_links_and_embedded_data_are_no_external_references() -> None:
@@ -281,4 +282,4 @@ def test_links_and_embedded_data_are_no_external_references() -> None:
         "<style>p { background: url(data:image/png;base64,AA==) }</style>"
         "<p>url(https://example.org) @import</p><script>let a = 1; // a comment</script>"
     )
-    assert site.external_references(page) == []
+    assert external_references(page) == []

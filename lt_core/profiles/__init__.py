@@ -107,7 +107,6 @@ class Profile(_Typed):
     name: str
     description: str
     trains: bool  # False: the caches come with the repository
-    needs_images: bool  # True: training needs a data root
     datasets: dict[Role, str]
     recipes: dict[str, Recipe]
     pretraining: dict[str, Pretraining] = {}

@@ -35,10 +35,7 @@ def _line(profile: str, backbone: str, seed: int) -> dict[str, object]:
     meta = read_meta(folder)
     last, best = meta["accuracies"]["last"]["test"], meta["accuracies"]["best_on_validation"]["test"]
     final, epochs, minutes = meta["history"][-1], meta["recipe"]["epochs"], meta["seconds"] / 60
-    line: dict[str, object] = {
-        name: meta[name] for name in ("dataset", "backbone", "seed", "network", "start")
-    }
-    line |= {name: meta[name] for name in ("sampler", "loss", "classifier")}
+    line: dict[str, object] = {name: meta[name] for name in DESCRIPTION}
     line |= {
         "epochs": epochs,
         "minutes": minutes,
