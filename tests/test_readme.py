@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 
 from lt_core import paths
@@ -15,6 +16,14 @@ def test_tables_are_the_committed_ones(table, monkeypatch):
     monkeypatch.delenv("LT_OUTPUT_ROOT", raising=False)
     shown = re.search(f"<!-- {table} -->\n(.*?)\n<!-- /{table} -->", README, re.DOTALL).group(1)
     assert shown.strip() == to_summary(load_table(table, "embedded"))
+
+
+def test_the_verdicts_are_the_committed_ones():
+    claims = pd.read_csv(paths.ROOT / "figures" / "embedded" / "claims.csv", index_col="claim")["verdict"]
+    held, failed, untestable = (int((claims == name).sum()) for name in ("holds", "fails", "untestable"))
+    assert f"of {len(claims)}, **{held} hold here, {failed} fail and {untestable} cannot" in README
+    mechanism = claims.loc[9:16]  # section B
+    assert f"({(mechanism == 'holds').sum()} of {len(mechanism)} claims)" in README
 
 
 def test_the_example_runs(capsys):
