@@ -194,7 +194,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each")
     options = parser.parse_args()
 
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:
         short, long = pool.map(peak_memory, [2, 6], chunksize=1)
 
     machine, data = this_machine(), images()
@@ -230,7 +231,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_folder(part.splits["train"], Path(folder))
         settings = Path(folder), data.num_classes, recipe, machine.device
-        spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn, initializer=start_peer, initargs=settings) as process:
             same_s, peer_s = interleaved(
                 lambda: train(model, part, jittered, machine),
