@@ -180,8 +180,12 @@ def prepare(
         num_features, network = data.splits["train"].images.shape[1], nn.Identity()
     kept = _trained_classes(backbone, data)
     counts = data.counts[kept]
-    generator = RSG(network.last_stage_channels, counts) if backbone.loss == "rsg" else None
-    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept)), generator)
+    options, generator, fixed = backbone.loss_options, None, {}
+    if backbone.loss == "rsg":
+        generator = RSG(network.last_stage_channels, counts, options["deferred_until"])
+    if backbone.classifier == "cosine_fixed":
+        fixed = {"scale": options["scale"]}
+    model = Model(network, build_classifier(backbone.classifier, num_features, len(kept), **fixed), generator)
     return Job(profile, name, seed, data, kept, model, machine, code_version())
 
 
@@ -199,7 +203,7 @@ def train_backbone(
     folder = (out or paths.caches()) / _place(profile, name, seed)
     job = prepare(profile, name, seed, data_root, say, options)
     run = _run_folder(profile, job.name, job.backbone, seed, job.data)
-    loss = build_loss(job.backbone.loss, job.data.counts[job.kept])
+    loss = build_loss(job.backbone.loss, job.data.counts[job.kept], **job.backbone.loss_options)
     shown = _only(job.data, job.kept)
     seconds = time.monotonic() - started
     history = fit(job.model, shown, job.recipe, job.backbone.sampler, loss, seed, run, job.machine, say)
@@ -242,7 +246,7 @@ def _write(
     job: Job, folder: Path, cache: FeatureCache, accuracies: dict, history: list | None, more: dict
 ) -> None:
     meta = _provenance(job) | {"accuracies": accuracies, "history": history, **more}
-    stored = {split: cache.splits[split] for split in job.backbone.splits_of(job.seed)}
+    stored = {split: cache.splits[split] for split in job.backbone.stored_splits}
     save_cache(folder, replace(cache, meta=meta, splits=stored), _same_features(job, folder, stored))
 
 

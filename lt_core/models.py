@@ -23,7 +23,6 @@ from lt_core.errors import DataError, InputError, unknown
 from lt_core.rsg import RSG
 
 START_SCALE = 16.0  # "learnable scale parameter initialised at 16" (Sec. 4.1)
-FIXED_SCALE = 30.0  # s of LDAM (Cao et al., NeurIPS 2019)
 
 
 # ---------------------------------------------------------------- classifiers
@@ -43,12 +42,12 @@ class CosineClassifier(nn.Module):
 
 
 class FixedScaleCosineClassifier(CosineClassifier):
-    """Logits 30 cos(f, w_i): LDAM's margins (Cao et al., NeurIPS 2019) presume a scale that stays."""
+    """Logits s * cos(f, w_i) with a fixed s, as the margins of LDAM presume (Cao et al., NeurIPS 2019)."""
 
-    def __init__(self, num_features: int, num_classes: int) -> None:
+    def __init__(self, num_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__(num_features, num_classes)
         del self.scale
-        self.register_buffer("scale", torch.tensor(FIXED_SCALE))
+        self.register_buffer("scale", torch.tensor(scale))
 
 
 class DotProductClassifier(nn.Linear):
@@ -230,11 +229,11 @@ def build_backbone(name: str) -> nn.Module:
     return BACKBONES[name]()
 
 
-def build_classifier(name: str, num_features: int, num_classes: int) -> nn.Module:
-    """A fresh classifier of that name; raises InputError listing the known ones."""
+def build_classifier(name: str, num_features: int, num_classes: int, **options: float) -> nn.Module:
+    """A fresh classifier of that name, options as of its class; raises InputError listing the known ones."""
     if name not in CLASSIFIERS:
         raise InputError(unknown("classifier", name, list(CLASSIFIERS)))
-    return CLASSIFIERS[name](num_features, num_classes)
+    return CLASSIFIERS[name](num_features, num_classes, **options)
 
 
 # ---------------------------------------------------------------- ImageNet weights

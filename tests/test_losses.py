@@ -99,9 +99,8 @@ def test_lade_limits():
     assert even.regulariser(torch.zeros(8, 3), target).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_ldam_by_hand(monkeypatch):
-    monkeypatch.setattr("lt_core.losses.ldam_drw.FIXED_SCALE", 2.0)
-    loss = LDAMDRW(torch.tensor([16, 1]))
+def test_ldam_by_hand():
+    loss = LDAMDRW(torch.tensor([16, 1]), scale=2.0)
     torch.testing.assert_close(loss.margins / 2, torch.tensor([0.25, 0.5]))
     logits = 2 * torch.tensor([[0.5, 0.25]])
     assert loss(logits, torch.tensor([1])).item() == pytest.approx(1.701413, abs=1e-6)

@@ -53,9 +53,14 @@ def test_the_default_backbone_is_the_papers():
             "feature_dims must be 0",
         ),
         (
-            'loss = "ldam_drw"\nclassifier = "cosine_fixed"',
-            'loss = "ldam_drw"',
+            'scale = 30.0, deferred_until = 0.8 }\nclassifier = "cosine_fixed"\n\n[backbones.rsg]',
+            "scale = 30.0, deferred_until = 0.8 }\n\n[backbones.rsg]",
             "loss 'ldam_drw' takes margins off cosines: classifier must be cosine_fixed",
+        ),
+        (
+            "{ strength = 0.05, penalty = 0.5 }",
+            "{ strength = 0.05 }",
+            "loss_options lack or must not have penalty",
         ),
         (
             '[backbones.places_rsg]\nrole = "places_lt"\nnetwork = "digits_net"\nrecipe = "fine_tuned"',

@@ -4,7 +4,6 @@ loss = build_loss("balanced_softmax", counts)
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
@@ -17,13 +16,12 @@ from lt_core.losses.focal import Focal
 from lt_core.losses.lade import LADE
 from lt_core.losses.ldam_drw import LDAMDRW
 
-LOSSES: dict[str, Callable[[Tensor], Loss]] = {
+LOSSES: dict[str, Callable[..., Loss]] = {
     "cross_entropy": CrossEntropy,
     "balanced_softmax": BalancedSoftmax,
     "class_balanced": ClassBalanced,
     "focal": Focal,
     "lade": LADE,
-    "lade_places": partial(LADE, strength=0.005, penalty=0.1),  # the authors' values for Places-LT
     "ldam_drw": LDAMDRW,
     "rsg": LDAMDRW,  # published as LDAM-DRW-RSG; the model holds the generator (`lt_core.rsg`)
 }
@@ -42,8 +40,11 @@ __all__ = [
 ]
 
 
-def build_loss(name: str, counts: Tensor) -> Loss:
-    """The loss of that name for training counts [N]; raises InputError listing the known names."""
+def build_loss(name: str, counts: Tensor, **options: float) -> Loss:
+    """The loss of that name for training counts [N]; options are those of its class.
+
+    Raises InputError listing the known names.
+    """
     if name not in LOSSES:
         raise InputError(unknown("loss", name, list(LOSSES)))
-    return LOSSES[name](check_counts("counts", counts))
+    return LOSSES[name](check_counts("counts", counts), **options)

@@ -28,6 +28,13 @@ STARTS = (
     "simclr_imagenet",
 )  # what a network starts from, but for pre-training of ours
 
+# Losses with numbers of their own, which a profile must state: they differ between data sets.
+LOSS_OPTIONS = {
+    "lade": ("strength", "penalty"),
+    "ldam_drw": ("max_margin", "scale", "deferred_until"),
+    "rsg": ("max_margin", "scale", "deferred_until"),
+}
+
 
 class _Typed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -82,23 +89,24 @@ class Backbone(_Typed):
     start: str = "scratch"  # one of STARTS (the public ImageNet weights) or the name of a pretraining
     sampler: str = "square_root"
     loss: str = "cross_entropy"
+    loss_options: dict[str, float] = {}  # those of LOSS_OPTIONS; the model has `scale`, RSG `deferred_until`
     classifier: Literal["cosine", "cosine_fixed", "dot_product", "causal_norm"] = "cosine"
     leave_out: Literal["nothing", "few"] = "nothing"  # classes with n <= 20 not trained on (Table 2)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     feature_dims: Annotated[int, Field(ge=0)] = 0  # principal directions kept in the cache; 0: all
-    stored_splits: Annotated[list[Split], Field(min_length=1)] = ["train", "val", "test"]  # of the first seed
+    stored_splits: Annotated[list[Split], Field(min_length=1)] = ["train", "val", "test"]
 
     @model_validator(mode="after")
     def _consistent(self) -> Backbone:
         if self.loss in ("ldam_drw", "rsg") and self.classifier != "cosine_fixed":
             raise ValueError(f"loss {self.loss!r} takes margins off cosines: classifier must be cosine_fixed")
+        if wrong := set(self.loss_options) ^ set(LOSS_OPTIONS.get(self.loss, ())):
+            raise ValueError(
+                f"loss {self.loss!r}: loss_options lack or must not have {', '.join(sorted(wrong))}"
+            )
         if self.classifier == "causal_norm" and self.feature_dims:
             raise ValueError("causal_norm splits the features into heads: feature_dims must be 0")
         return self
-
-    def splits_of(self, seed: int) -> list[Split]:
-        """Splits whose features the cache of a seed holds: the profile's further seeds keep test alone."""
-        return ["test"] if seed in self.seeds[1:] else self.stored_splits
 
 
 class Profile(_Typed):
