@@ -229,3 +229,32 @@ def test_embedded_caches_are_small_and_all_belong_to_the_profile():
         for name, one in EMBEDDED.backbones.items()
         for seed in one.seeds
     }
+
+
+def test_seeds_of_a_frozen_backbone_store_their_features_once(tmp_path, monkeypatch):
+    digits = load_profile("digits")
+    several = digits.backbone("imagenet_frozen").model_copy(update={"seeds": [0, 1]})
+    profile = digits.model_copy(update={"backbones": digits.backbones | {"imagenet_frozen": several}})
+    monkeypatch.setattr(backbones, "_refuse_chance", lambda *a: None)  # nothing is trained
+    monkeypatch.setattr(backbones, "_start", lambda *a: None)
+
+    def built(name: str, weights: int) -> torch.nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(weights)
+            return build_backbone(name)
+
+    for seed, weights in ((0, 0), (1, 0), (2, 2)):  # the first two start from the same weights
+        monkeypatch.setattr(backbones, "build_backbone", partial(built, weights=weights))
+        job = backbones.prepare(profile, "imagenet_frozen", seed, say=quiet)
+        backbones.write_cache(job, tmp_path / f"seed{seed}")
+    stored = [(tmp_path / f"seed{seed}" / TENSORS).stat().st_size for seed in range(3)]
+    assert stored[1] < stored[0] / 4 and stored[2] == stored[0]
+    zero, one = load_cache(tmp_path / "seed0"), load_cache(tmp_path / "seed1")
+    assert torch.equal(zero.features("test"), one.features("test")) and set(one.splits) == {"test"}
+
+
+def test_pretraining_at_chance_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "fit", lambda *a, **k: [{"val_accuracy": 5.0}])
+    with pytest.raises(TrainingError, match="validation accuracy 5.00 % .* is chance among 26"):
+        backbones.pretrain(load_profile("digits"), "simclr", 0, say=quiet)
+    assert not list(tmp_path.rglob("backbone.pt"))
