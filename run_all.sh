@@ -21,8 +21,8 @@
 #   --list              show the notebooks and what they produce, run nothing
 #   --dry-run           show what would run and why, run nothing
 #   --data-root DIR     folder of the image data sets (or the variable LT_DATA_ROOT)
-#   --seed N            seed of the backbones and notebooks (default 0)
-#   -p NAME=VALUE       set a notebook parameter; may be repeated
+#   --seed N            one training seed (default: all of the profile); writes to a folder of its own
+#   -p NAME=VALUE       set a notebook parameter (a folder of its own, too); may be repeated
 #   --help              this text
 #
 # Variables: LT_OUTPUT_ROOT (write elsewhere), PYTHON (the Python 3.11 to use), LT_DISK_GB (see environment.sh).

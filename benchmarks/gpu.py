@@ -1,11 +1,12 @@
 """The paper's networks on a GPU: what the whole loop from JPEG files reaches, and what it costs.
 
-    python benchmarks/gpu.py [--steps 40] [--workers N] [--gpu-decode] [--compile] [--images DIR]
+    python benchmarks/gpu.py [--steps 40] [--workers N] [--compile] [--images DIR]
 
 For each network of the paper, with its batch and 224 pixels:
 
 train_vs_resident  images/s of `fit` (reading, decoding, augmentation, schedule, bookkeeping) over the bare
-                   step of the same model on one resident batch. Aim 0.95.
+                   step of the same model on one resident batch; without checkpoints, which a run writes once
+                   a minute and an epoch. Aim 0.95.
 decode             images/s of the data pipeline alone
 extract            images/s of feature extraction
 peak_gib           largest GPU memory of `fit`
@@ -27,17 +28,18 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
 from lt_core import paths
-from lt_core.datasets import Dataset, Split
-from lt_core.image_files import ImageFiles, training_batches
+from lt_core.data.datasets import Dataset, Split
+from lt_core.data.image_files import ImageFiles, training_batches
+from lt_core.data.profiles import Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
-from lt_core.profiles import Recipe, load_profile
 from lt_core.samplers import epoch_batches
 from lt_core.train import Machine, build_optimiser, feature_batches, fit, this_machine
 
@@ -58,10 +60,11 @@ def generated(folder: Path, number: int = 2048) -> None:
 
 
 def data_of(folder: Path, number: int) -> Dataset:
-    """`number` training images (some more than once) of CLASSES classes."""
+    """`number` training images (some more than once) of CLASSES classes, and one for validation."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     split = Split(ImageFiles(folder, np.resize(np.array(names), number)), torch.arange(number) % CLASSES)
-    return Dataset("generated", tuple(map(str, range(CLASSES))), {"train": split})
+    splits = {"train": split, "val": Split(split.images[:1], split.labels[:1])}
+    return Dataset("generated", tuple(map(str, range(CLASSES))), splits)
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
@@ -73,9 +76,15 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def trainer(model: Model, data: Dataset, recipe: Recipe, machine: Machine) -> Callable[[], object]:
+def trainer(model: Model, data: Dataset, recipe: Recipe, machine: Machine) -> Callable[[], None]:
+    """A whole training, from its beginning each time, without checkpoints."""
     loss = build_loss("cross_entropy", torch.ones(CLASSES, dtype=torch.int64))
-    return lambda: fit(model, data, recipe, "uniform", loss, 0, None, machine, say=lambda line: None)
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder, mock.patch("lt_core.train.save_checkpoint"):
+            fit(model, data, recipe, "uniform", loss, 0, Path(folder), machine)
+
+    return run
 
 
 def resident_steps(model: Model, recipe: Recipe, machine: Machine, steps: int) -> Callable[[], None]:
@@ -144,14 +153,13 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=40, help="training steps a measurement")
     parser.add_argument("--workers", type=int, help="processes that decode (default: all cores)")
-    parser.add_argument("--gpu-decode", action="store_true", help="decode JPEG files on the GPU")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of JPEG files to read")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: this measures a GPU, and torch finds none")
         return 0
-    machine = this_machine(options.workers, decodes_on_device=options.gpu_decode, compiles=options.compile)
+    machine = this_machine(options.workers, compiles=options.compile)
     print(f"{machine.description}, {machine.workers} workers, {options.steps} steps, {REPEATS} repeats")
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as scratch:

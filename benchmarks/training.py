@@ -37,12 +37,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from lt_core.augmentation import augment, to_pixels
-from lt_core.datasets import Dataset, Split, load_dataset
-from lt_core.errors import DataError
+from lt_core.checks import DataError
+from lt_core.data.augmentation import augment, to_pixels
+from lt_core.data.datasets import Dataset, Split, load_dataset
+from lt_core.data.profiles import Augmentation, Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
-from lt_core.profiles import Augmentation, Recipe, load_profile
 from lt_core.train import Machine, build_optimiser, extract_features, fit, step_generator, this_machine
 
 FIELD = Augmentation(random_resized_crop=0.08, flip=True, colour_jitter=0.4)
@@ -94,7 +94,7 @@ def train(model: Model, data: Dataset, recipe: Recipe, machine: Machine) -> None
     """The committed loop."""
     loss = build_loss("cross_entropy", torch.ones(data.num_classes, dtype=torch.int64))
     with tempfile.TemporaryDirectory() as folder:
-        fit(model, data, recipe, "uniform", loss, 0, Path(folder), machine, say=lambda line: None)
+        fit(model, data, recipe, "uniform", loss, 0, Path(folder), machine)
 
 
 def bare_steps(model: Model, data: Dataset, recipe: Recipe, machine: Machine) -> Callable[[], None]:

@@ -6,7 +6,7 @@ answers at once):
     from lt_core import ensemble_probabilities, group_accuracy, hybrid_classifiers, prototypes
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 _PUBLIC = {
@@ -17,18 +17,29 @@ _PUBLIC = {
     "continual_classifiers": "transfer",
     "cosine_logits": "transfer",
     "ensemble_probabilities": "transfer",
+    "group_accuracy": "metrics",
     "hybrid_classifier": "transfer",
     "hybrid_classifiers": "transfer",
     "knowledge_transfer": "transfer",
+    "load_cache": "cache",
+    "predict": "classifiers",
     "prototypes": "transfer",
-    "group_accuracy": "metrics",
-    "load_cache": "features",
 }
 
 __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lt_core.{_PUBLIC[name]}"), name)
+    if name in _PUBLIC:
+        return getattr(import_module(f"lt_core.{_PUBLIC[name]}"), name)
+    if name == "__version__":
+        try:
+            return metadata.version("lt_core")
+        except metadata.PackageNotFoundError:
+            return "of this checkout, not installed"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names first of all: what completion offers."""
+    return [*__all__, "__version__"]

@@ -1,14 +1,18 @@
 """The command line: `python -m lt_core COMMAND`. Errors are one line; tracebacks are for bugs.
 
 python -m lt_core notebooks --profile digits --only 01
-python -m lt_core train --profile small --backbone sqrt --data-root /data
+python -m lt_core train --profile small --backbone sqrt --data-root DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import signal
 import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Imported inside the functions: torch and the rest take seconds, and --help needs none of it.
@@ -17,11 +21,18 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = argparse.ArgumentParser(prog="lt_core", description="Compositional knowledge transfer, reproduced.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    """All commands and their options. Abbreviated options are refused: `--profil` is no `--profile`."""
+    top = argparse.ArgumentParser(
+        prog="lt_core", description="Compositional knowledge transfer, reproduced.", allow_abbrev=False
+    )
+    try:
+        known = version("lt_core")
+    except PackageNotFoundError:
+        known = "from the checkout"
+    top.add_argument("--version", action="version", version=f"lt_core {known}")
+    commands = top.add_subparsers(metavar="COMMAND")
 
-    one = commands.add_parser("notebooks", help="run the notebooks: every table, figure and report")
+    one = _command(commands, "notebooks", notebooks, "run the notebooks: every table, figure and report")
     one.add_argument(
         "--profile",
         type=_profile,
@@ -36,46 +47,48 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--force", action="store_true", help="run what is up to date, too")
     one.add_argument("--list", action="store_true", help="show the notebooks, run nothing")
     one.add_argument("--dry-run", action="store_true", help="show what would run and why, run nothing")
-    one.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default: 0)")
+    one.add_argument("--seed", type=int, metavar="N", help="one training seed (default: all of the profile)")
     one.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="set a notebook parameter")
-    _add_data_root(one)
-    one.set_defaults(command=notebooks)
+    _data_root(one)
 
-    one = commands.add_parser("train", help="train backbones and write their feature caches")
+    one = _command(commands, "train", train, "train backbones and write their feature caches")
     one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="scale to train at")
     one.add_argument(
         "--backbone", required=True, metavar="NAME|all", help="which to train; all: every one and seed"
     )
     one.add_argument("--seed", type=int, metavar="N", help="seed (default: the profile's)")
     one.add_argument("--out", type=Path, metavar="DIR", help="where the cache goes (default: caches/)")
-    _add_data_root(one)
-    _add_machine_options(one)
+    _data_root(one)
+    _workers(one)
     one.add_argument(
         "--micro-batch", type=int, default=0, metavar="N", help="images of a process at once (default: all)"
     )
     one.add_argument("--compile", action="store_true", help="use torch.compile")
-    one.set_defaults(command=train)
 
-    one = commands.add_parser("extract", help="write the feature cache of a checkpoint")
+    one = _command(commands, "extract", extract, "write the feature cache of a checkpoint")
     one.add_argument(
         "--profile", type=_profile, required=True, metavar="NAME", help="scale it was trained at"
     )
     one.add_argument("--backbone", required=True, metavar="NAME", help="which backbone it is")
     one.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="checkpoint of `train`")
     one.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the cache goes")
-    _add_data_root(one)
-    _add_machine_options(one)
-    one.set_defaults(command=extract)
+    _data_root(one)
+    _workers(one)
 
-    one = commands.add_parser("check-data", help="check that a profile's images are there and whole")
+    one = _command(commands, "check-data", check_data, "check that a profile's images or caches are whole")
     one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="whose data sets")
     one.add_argument("--deep", action="store_true", help="decode every image, too")
-    _add_data_root(one)
-    one.set_defaults(command=check_data)
+    _data_root(one)
     return top
 
 
-def _add_data_root(command: argparse.ArgumentParser) -> None:
+def _command(commands, name, function, text) -> argparse.ArgumentParser:
+    one = commands.add_parser(name, help=text, allow_abbrev=False)
+    one.set_defaults(command=function)
+    return one
+
+
+def _data_root(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data-root",
         type=Path,
@@ -84,12 +97,11 @@ def _add_data_root(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_machine_options(command: argparse.ArgumentParser) -> None:
+def _workers(command: argparse.ArgumentParser) -> None:
     """How a run of image files uses its computer; results do not depend on it."""
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes that decode images (default: all cores, shared)"
     )
-    command.add_argument("--gpu-decode", action="store_true", help="decode JPEG files on the GPU")
 
 
 def _profile(name: str) -> str:
@@ -97,11 +109,14 @@ def _profile(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if name.endswith(".toml") else name
 
 
+# ---------------------------------------------------------------- the commands
+
+
 def notebooks(arguments: argparse.Namespace) -> int:
     from lt_core import runner
 
     if arguments.list:
-        print(runner.listing())
+        print(runner.listing(arguments.profile))
         return EXIT_OK
     options = runner.Options(
         profile=arguments.profile,
@@ -119,48 +134,96 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from lt_core import backbones
+    """One backbone, or `all` of the profile, skipping what is done."""
+    from lt_core import backbones, paths
+    from lt_core.checks import DataError, InputError
+    from lt_core.data.profiles import load_profile
 
+    chosen = load_profile(arguments.profile)
+    if not chosen.trains:
+        raise DataError(
+            f"profile {chosen.name} ships its caches and trains nothing; `small` trains what it ships"
+        )
+    if arguments.seed is not None and arguments.seed < 0:
+        raise InputError(f"--seed must be 0 or above, found {arguments.seed}")
+    every = [name for name in chosen.backbones if name not in chosen.aliases]
+    names = every if arguments.backbone == "all" else [arguments.backbone]
+    seeds = {n: chosen.backbone(n).seeds if arguments.seed is None else [arguments.seed] for n in names}
+    jobs = sorted(((seed, name) for name in names for seed in seeds[name]), key=lambda job: job[0])
     options = {
         "workers": arguments.workers,
-        "decodes_on_device": arguments.gpu_decode,
         "micro_batch": arguments.micro_batch,
         "compiles": arguments.compile,
     }
-    backbones.train_command(
-        arguments.profile, arguments.backbone, arguments.seed, arguments.data_root, arguments.out, options
-    )
+    target = arguments.out.resolve() if arguments.out else paths.caches()
+    started, done = time.monotonic(), 0
+    for number, (seed, name) in enumerate(jobs, start=1):
+        folder = target / backbones.cache_place(chosen, name, seed)
+        if (folder / "meta.json").exists():
+            log.info("[%d/%d] %s seed %d: done already, %s", number, len(jobs), name, seed, folder)
+            continue
+        log.info("[%d/%d] %s seed %d", number, len(jobs), name, seed)
+        backbones.train_backbone(chosen, name, seed, arguments.data_root, target, options)
+        done += 1
+        minutes = (time.monotonic() - started) / 60
+        left = minutes / done * (len(jobs) - number)
+        log.info("%.1f min so far, about %.0f min left", minutes, left)
     return EXIT_OK
 
 
 def extract(arguments: argparse.Namespace) -> int:
+    """A feature cache from a run's last.pt or best.pt."""
     from lt_core import backbones
+    from lt_core.checks import CacheError
+    from lt_core.data.profiles import load_profile
+    from lt_core.train import load_checkpoint
 
-    options = {"workers": arguments.workers, "decodes_on_device": arguments.gpu_decode}
-    backbones.extract_command(
-        arguments.profile,
-        arguments.backbone,
-        arguments.checkpoint,
-        arguments.out,
-        arguments.data_root,
-        options,
-    )
+    saved = load_checkpoint(arguments.checkpoint)
+    profile, options = load_profile(arguments.profile), {"workers": arguments.workers}
+    seed = saved.get("seed", 0)
+    job = backbones.prepare(profile, arguments.backbone, seed, arguments.data_root, options)
+    try:
+        job.model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError, TypeError):
+        raise CacheError(
+            f"{arguments.checkpoint} is not a checkpoint of {profile.name}/{arguments.backbone}"
+        ) from None
+    backbones.write_cache(job, arguments.out, history=saved.get("history"))
+    log.info("%s; cache in %s", backbones.summary_line(arguments.out), arguments.out)
     return EXIT_OK
 
 
 def check_data(arguments: argparse.Namespace) -> int:
-    from lt_core import datasets
+    """The images of a profile; of one that trains nothing, its feature caches."""
+    from lt_core import backbones
+    from lt_core.data import datasets
+    from lt_core.data.profiles import load_profile
 
-    for line in datasets.check_data(arguments.profile, arguments.data_root, arguments.deep):
-        print(line, flush=True)
+    profile = load_profile(arguments.profile)
+    if profile.trains:
+        for line in datasets.check_data(arguments.profile, arguments.data_root, arguments.deep):
+            print(line, flush=True)
+        return EXIT_OK
+    checked = [backbones.load(arguments.profile, n, s) for n, b in profile.backbones.items() for s in b.seeds]
+    print(f"{profile.name}: all {len(checked)} feature caches are there and whole; it needs no images")
     return EXIT_OK
+
+
+# ---------------------------------------------------------------- around them
+
+
+log = logging.getLogger("lt_core")
 
 
 def main(words: list[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."""
     arguments = parser().parse_args(words)
-    from lt_core.errors import LTError, TrainingError
+    if not hasattr(arguments, "command"):
+        parser().print_help()
+        return EXIT_OK
+    from lt_core.checks import LTError, TrainingError
 
+    show_progress()
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         return arguments.command(arguments)
@@ -173,6 +236,13 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def show_progress() -> None:
+    """Progress of training on standard output, from the first of torchrun's processes alone."""
+    log.handlers = [logging.StreamHandler(sys.stdout)] if os.environ.get("RANK", "0") == "0" else []
+    log.propagate = False
+    log.setLevel(logging.INFO)
 
 
 def _interrupt(*_: object) -> None:

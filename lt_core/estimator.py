@@ -9,7 +9,6 @@ Works in a Pipeline, GridSearchCV and clone. Bad input raises a ValueError that 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -27,20 +26,18 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lt_core import paths
-from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, InputError, as_tensor, check_counts, check_matrix, check_positive
+from lt_core.checks import CacheError, InputError, as_tensor, check_counts, check_matrix, check_positive
 from lt_core.losses import build_loss
-from lt_core.models import CosineClassifier, Model
-from lt_core.profiles import Recipe
-from lt_core.train import Machine, fit
+from lt_core.models import CosineClassifier
+from lt_core.train import fit_head
 from lt_core.transfer import (
     ENSEMBLE,
     SCALE,
     TEMPERATURE,
     continual_classifiers,
-    directions,
     ensemble_probabilities,
     hybrid_classifiers,
+    normalize,
     prototypes,
 )
 
@@ -167,23 +164,19 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             raise InputError("y has one class: a classifier needs two to learn from, or classifier_weights")
         if not isinstance(self.epochs, Integral) or self.epochs < 1:
             raise InputError(f"epochs must be a whole number above 0, found {self.epochs!r}")
-        recipe = Recipe(
-            epochs=int(self.epochs),
-            batch_size=min(BATCH, len(X)),
-            learning_rate=0.0,
-            classifier_learning_rate=LEARNING_RATE,
-        )
         # Cosines see directions alone; taken here, very small and very large features keep theirs.
-        features = directions("X", as_tensor("X", X)).float()
-        names = tuple(map(str, range(len(counts))))
-        data = Dataset("features", names, {"train": Split(features, torch.from_numpy(labels))})
+        features = normalize("X", as_tensor("X", X)).float()
         seed = int(check_random_state(self.random_state).randint(2**31))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             classifier = CosineClassifier(X.shape[1], len(counts))
         loss = build_loss("cross_entropy", counts)
-        machine = Machine(torch.device("cpu"), contextlib.nullcontext, "CPU, float32")
-        fit(Model(torch.nn.Identity(), classifier), data, recipe, self.sampler, loss, seed, None, machine)
+        batch = min(BATCH, len(X))
+        targets = torch.from_numpy(labels)
+        fit_head(
+            *(classifier, features, targets, loss, self.sampler, LEARNING_RATE, int(self.epochs), batch),
+            seed=seed,
+        )
         # Labels that the features say nothing about draw the scale to 0, and below it a class's own direction
         # would count against it.
         return classifier.weight.detach(), max(1.0, classifier.scale.item())

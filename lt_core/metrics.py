@@ -1,7 +1,8 @@
 """Accuracy per group and per class, and how sure we can be of it.
 
-Accuracies are top-1 in percent. `total` is the mean over test images; on a class-balanced test set it equals
-the mean of the groups weighted by their share of the classes. A group without test images is NaN, not 0.
+Classes are many-, medium- and few-shot by their number of training images (Sec. 4.1). Two rules are in use:
+the paper's own rows follow `paper`; the systems that it quotes were published under `common`. The two are
+never compared group by group. Accuracies are top-1 in percent; a group without test images is NaN, not 0.
 
     group_accuracy(predictions, labels, counts)  # {"many": ..., "medium": ..., "few": ..., "total": ...}
 """
@@ -13,32 +14,60 @@ from collections.abc import Iterator
 import numpy as np
 from torch.nn.functional import normalize
 
-from lt_core.errors import InputError, as_tensor, check_counts, check_labels, check_matrix
-from lt_core.groups import GROUPS, group_of
+from lt_core.checks import InputError, as_tensor, check_counts, check_labels, check_matrix, unknown
 
+GROUPS = ("many", "medium", "few")
 COLUMNS = (*GROUPS, "total")
+RULES = {
+    "paper": "many n >= 100, medium 20 < n < 100, few n <= 20",
+    "common": "many n > 100, medium 20 <= n <= 100, few n < 20",
+}
 CHUNK = 2**21  # resampled images held at once, about 60 MB
+
+
+def group_of(counts: object, rule: str = "paper") -> dict[str, np.ndarray]:
+    """Which classes are many-, medium- and few-shot: a boolean mask [N] a group.
+
+    counts [N]: training images of each class. Every class is in exactly one group; a group may be empty.
+    """
+    if rule not in RULES:
+        raise InputError(unknown("grouping rule", rule, list(RULES)))
+    n = check_counts("counts", counts).cpu().numpy()
+    many, few = (n >= 100, n <= 20) if rule == "paper" else (n > 100, n < 20)
+    return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def group_names(counts: object, rule: str = "paper") -> np.ndarray:
+    """many, medium or few for each class [N]."""
+    return np.array(GROUPS)[np.argmax(list(group_of(counts, rule).values()), axis=0)]
+
+
+# ---------------------------------------------------------------- accuracies
 
 
 def group_accuracy(
     predictions: object, labels: object, counts: object, rule: str = "paper"
 ) -> dict[str, float]:
-    """Accuracy in percent of each group and in total; NaN for an empty group.
+    """Accuracy in percent of each group and in total (the mean over test images); NaN for an empty group.
 
-    predictions [M], labels [M]: class indices; counts [N]: training images of each class; rule: see `groups`.
+    predictions [M], labels [M]: class indices; counts [N]: training images of each class; rule: of `RULES`.
     """
-    predictions, labels, counts = _checked(predictions, labels, counts)
+    counts = check_counts("counts", counts).cpu().numpy()
+    labels = check_labels("labels", labels, len(counts)).cpu().numpy()
+    predictions = check_labels("predictions", predictions, len(counts), len(labels)).cpu().numpy()
     correct = predictions == labels
     members = {group: mask[labels] for group, mask in group_of(counts, rule).items()}
-    return {group: _percent(correct[of]) for group, of in members.items()} | {"total": _percent(correct)}
+    members["total"] = np.ones(len(labels), bool)
+    return {group: 100 * float(correct[of].mean()) if of.any() else np.nan for group, of in members.items()}
 
 
 def per_class_accuracy(predictions: object, labels: object, num_classes: int) -> np.ndarray:
     """Accuracy [N] in percent of each class's test images; NaN for a class without any."""
-    predictions, labels, _ = _checked(predictions, labels, np.ones(num_classes, np.int64))
+    labels = check_labels("labels", labels, num_classes).cpu().numpy()
+    predictions = check_labels("predictions", predictions, num_classes, len(labels)).cpu().numpy()
     images = np.bincount(labels, minlength=num_classes)
-    right = np.bincount(labels[predictions == labels], minlength=num_classes)
-    return 100 * np.divide(right, images, out=np.full(num_classes, np.nan), where=images > 0)
+    correct = np.bincount(labels[predictions == labels], minlength=num_classes)
+    return 100 * np.divide(correct, images, out=np.full(num_classes, np.nan), where=images > 0)
 
 
 def within_group_predictions(
@@ -59,16 +88,14 @@ def within_group_predictions(
     return best
 
 
-def within_group_accuracy(
-    scores: object, labels: object, counts: object, rule: str = "paper"
-) -> dict[str, float]:
-    """Accuracy in percent with test images and candidate classes restricted to the group (Table 5).
+# ---------------------------------------------------------------- geometry
 
-    scores [M, N]; labels [M]; counts [N]. Gives many, medium and few; NaN for an empty group.
-    """
-    best = within_group_predictions(scores, labels, counts, rule)
-    accuracy = group_accuracy(best, labels, counts, rule)
-    return {group: accuracy[group] for group in GROUPS}
+
+def cosine_matrix(queries: object, keys: object) -> np.ndarray:
+    """Cosine similarities [N, N] between rows of two [N, F]; raises InputError for other shapes or NaN."""
+    queries = check_matrix("queries", queries).double()
+    keys = check_matrix("keys", keys, rows=len(queries), columns=queries.shape[1]).double()
+    return (normalize(queries, dim=1) @ normalize(keys, dim=1).T).cpu().numpy()
 
 
 def mismatches(prototypes: object, weights: object) -> int:
@@ -77,11 +104,7 @@ def mismatches(prototypes: object, weights: object) -> int:
     return int((cosines.argmax(axis=1) != np.arange(len(cosines))).sum())
 
 
-def cosine_matrix(queries: object, keys: object) -> np.ndarray:
-    """Cosine similarities [N, N] between rows of two [N, F]; raises InputError for other shapes or NaN."""
-    queries = check_matrix("queries", queries).double()
-    keys = check_matrix("keys", keys, rows=len(queries), columns=queries.shape[1]).double()
-    return (normalize(queries, dim=1) @ normalize(keys, dim=1).T).cpu().numpy()
+# ---------------------------------------------------------------- bootstrap
 
 
 def bootstrap_accuracies(
@@ -94,40 +117,35 @@ def bootstrap_accuracies(
 ) -> np.ndarray:
     """Accuracies [replicates, R, 4] in percent (many, medium, few, total) with test images resampled.
 
-    correct [S, R, M]: whether each of R methods, trained with S seeds, is right on each of M test images.
-    Images are drawn with replacement within each class. All methods and seeds see the same draw, so that a
-    difference of two methods within a replicate is a paired effect; calls with the same labels and seed see
-    the same draws too. Several training seeds are resampled as well (with few seeds this is a rough, rather
-    narrow estimate of their spread). A group without test images is NaN.
+    correct [R, M]: whether each of R predictions is right on each of M test images; labels [M]; counts [N].
+    Images are drawn with replacement within each class. All R see the same draws, and so do calls with the
+    same labels and seed: a difference of two within a replicate is a paired effect. `resample_seeds` draws
+    training seeds as well. A group without test images is NaN.
     """
-    correct, labels, group = _checked_bootstrap(correct, labels, counts, rule)
+    counts = check_counts("counts", counts)
+    labels = check_labels("labels", labels, len(counts)).cpu().numpy()
+    correct = as_tensor("correct", correct).cpu().numpy()
+    if correct.ndim != 2 or 0 in correct.shape or correct.shape[1] != len(labels) or correct.dtype != bool:
+        raise InputError(
+            f"correct must be booleans [R, {len(labels)}], found {correct.dtype} {list(correct.shape)}"
+        )
     if replicates < 1:
         raise InputError(f"replicates must be at least 1, found {replicates}")
-    seeds, methods, images = correct.shape
+
+    # Sums of right images per group are one product of the draws (how often each image was drawn) with one
+    # column for each group and prediction.
     order = np.argsort(labels, kind="stable")
-    member = (group[order, None] == np.arange(len(GROUPS))).astype(np.float32)
-    right = correct.reshape(seeds * methods, images).T[order].astype(np.float32)
-    columns = (member[:, :, None] * right[:, None, :]).reshape(images, -1)
-    draws = _resampled_images(np.bincount(labels), replicates, np.random.default_rng([seed, 0]))
+    member = np.stack([mask[labels[order]] for mask in group_of(counts, rule).values()], 1).astype(np.float32)
+    columns = (member[:, :, None] * correct.T[order].astype(np.float32)[:, None, :]).reshape(len(labels), -1)
+    draws = _image_draws(np.bincount(labels), replicates, np.random.default_rng([seed, 0]))
     sums = np.concatenate([times @ columns for times in draws]).astype(np.float64)
-    sums = sums.reshape(replicates, len(GROUPS), seeds, methods)
-    chosen = np.random.default_rng([seed, seeds]).multinomial(seeds, [1 / seeds] * seeds, replicates)
-    sums = np.einsum("bgsr,bs->brg", sums, chosen / seeds)
+    sums = sums.reshape(replicates, len(GROUPS), len(correct)).swapaxes(1, 2)
     sizes = member.sum(axis=0)
     grouped = np.divide(sums, sizes, out=np.full(sums.shape, np.nan), where=sizes > 0)
-    return 100 * np.concatenate([grouped, sums.sum(axis=2, keepdims=True) / images], axis=2)
+    return 100 * np.concatenate([grouped, sums.sum(axis=2, keepdims=True) / len(labels)], axis=2)
 
 
-def interval(samples: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper percentile over the first axis of bootstrap samples [replicates, ...]."""
-    tail = 50 * (1 - level)
-    low, high = np.percentile(samples, [tail, 100 - tail], axis=0)
-    return low, high
-
-
-def _resampled_images(
-    sizes: np.ndarray, replicates: int, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
+def _image_draws(sizes: np.ndarray, replicates: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
     """How often each image, in order of class, is drawn: chunks [b, M], `replicates` rows in all."""
     size = np.repeat(sizes, sizes).astype(np.float32)
     first = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -139,29 +157,27 @@ def _resampled_images(
         yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float32)
 
 
-def _percent(correct: np.ndarray) -> float:
-    return 100 * float(correct.mean()) if correct.size else float("nan")
+def resample_seeds(draws: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Mean over training seeds, drawn with replacement too: draws [S, ..., B] -> [..., B], B replicates.
+
+    All calls with as many seeds see the same draw. With few seeds this is a rough, rather narrow estimate of
+    their spread.
+    """
+    seeds, replicates = len(draws), draws.shape[-1]
+    chosen = np.random.default_rng([seed, seeds]).multinomial(seeds, [1 / seeds] * seeds, replicates)
+    return np.einsum("s...b,bs->...b", draws, chosen / seeds)
 
 
-def _checked(
-    predictions: object, labels: object, counts: object
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    counts = check_counts("counts", counts)
-    labels = check_labels("labels", labels, len(counts))
-    predictions = check_labels("predictions", predictions, len(counts), len(labels))
-    return predictions.cpu().numpy(), labels.cpu().numpy(), counts.cpu().numpy()
+def bootstrap_means(values: np.ndarray, replicates: int = 1000, seed: int = 0) -> np.ndarray:
+    """Means [replicates] of values [K] drawn with replacement, the same draw for each K; NaN without any."""
+    if not len(values):
+        return np.full(replicates, np.nan)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(replicates, len(values)))
+    return np.asarray(values)[drawn].mean(axis=1)
 
 
-def _checked_bootstrap(correct: object, labels: object, counts: object, rule: str) -> tuple[np.ndarray, ...]:
-    """correct [S, R, M] as booleans, labels [M], and the group number [M] of every image."""
-    counts = check_counts("counts", counts)
-    labels = check_labels("labels", labels, len(counts)).cpu().numpy()
-    correct = as_tensor("correct", correct).cpu().numpy()
-    if correct.ndim != 3 or 0 in correct.shape or correct.shape[2] != len(labels):
-        raise InputError(
-            f"correct must have shape [seeds, methods, {len(labels)}], found {list(correct.shape)}"
-        )
-    if correct.dtype != bool:
-        raise InputError(f"correct must be booleans, found {correct.dtype}")
-    group = np.argmax(np.stack(list(group_of(counts, rule).values())), axis=0)
-    return correct, labels, group[labels]
+def interval(samples: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper percentile over the first axis of bootstrap samples [replicates, ...]."""
+    tail = 50 * (1 - level)
+    low, high = np.percentile(samples, [tail, 100 - tail], axis=0)
+    return low, high

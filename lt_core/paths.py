@@ -1,19 +1,22 @@
 """Where things lie. Nothing depends on the working directory.
 
-`ROOT` is the checkout (or, for an installed package, the current folder). Two environment variables
-move things: `LT_DATA_ROOT` (image data sets, never written to) and `LT_OUTPUT_ROOT` (everything that
-is written; default: the checkout).
+`ROOT` is the checkout (or, for an installed package, the current folder). Two environment variables move
+things: `LT_DATA_ROOT` (image data sets, never written to) and `LT_OUTPUT_ROOT` (everything that is written;
+default: the checkout).
+
+    out = paths.figures(profile, seed=seed)     # figures/embedded, or figures/embedded+seed=1
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lt_core.errors import DataError
+from lt_core.checks import DataError, InputError
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
@@ -35,19 +38,31 @@ def runs() -> Path:
     return output_root() / "runs"
 
 
-def figures(profile: str) -> Path:
-    """Tables and figures of a profile (its name, or the path of its file)."""
-    return output_root() / "figures" / Path(profile).stem
-
-
-def reports(profile: str) -> Path:
-    """Executed notebooks and HTML of a profile (its name, or the path of its file)."""
-    return output_root() / "reports" / Path(profile).stem
-
-
 def decoded() -> Path:
     """Decoded image arrays and other things that can be made again."""
     return output_root() / ".cache"
+
+
+def figures(profile: str, **parameters: object) -> Path:
+    """Tables and figures of a profile (its name, or the path of its file).
+
+    Parameters that are not None have a folder of their own, named by them (figures/embedded+seed=1), so that
+    they never overwrite the committed results. Raises InputError for a value that cannot be part of a name.
+    """
+    return output_root() / "figures" / _named(profile, parameters)
+
+
+def reports(profile: str, **parameters: object) -> Path:
+    """Executed notebooks and HTML of a profile; parameters as in `figures`."""
+    return output_root() / "reports" / _named(profile, parameters)
+
+
+def _named(profile: str, parameters: dict[str, object]) -> str:
+    chosen = {name: str(value) for name, value in sorted(parameters.items()) if value is not None}
+    for name, value in chosen.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
+            raise InputError(f"{name}={value} cannot name a folder: use letters, digits and . _ - only")
+    return "+".join([Path(profile).stem, *(f"{name}={value}" for name, value in chosen.items())])
 
 
 def data_root(given: str | Path | None = None) -> Path:

@@ -1,15 +1,19 @@
 """Runs the notebooks with papermill, side by side, and writes one HTML report each and an index.
 
-A notebook runs when something that it depends on has changed or an output is missing. One that fails does
-not stop the others. Each runs in processes of its own (papermill and its kernel), so that one that is killed
-takes nothing along.
+A notebook runs when something that it depends on has changed or a product is missing or changed. One that
+fails does not stop the others. Each runs in processes of its own (papermill and its kernel), so that one that
+is killed takes nothing along.
 
     status = run(Options(profile="digits", only="01,02"))      # 0: all well, 1: a notebook failed
 """
 
 from __future__ import annotations
 
+import ast
 import base64
+import hashlib
+import json
+import logging
 import os
 import re
 import signal
@@ -18,24 +22,204 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from graphlib import CycleError, TopologicalSorter
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lt_core import notebooks as nbs
 from lt_core import paths
-from lt_core.errors import InputError, LTError
-from lt_core.notebooks import Notebook, Record
+from lt_core.checks import InputError, LTError, ProfileError, unknown
 
+CODE_SUFFIXES = {".py", ".toml", ".csv", ".json", ".txt", ".html", ".j2", ".css"}
+REPORT = "LT_REPORT"  # environment variable: set while a report is made, which has no live widgets
+FIT_LOG = "LT_FIT_LOG"  # environment variable: the account of compared systems (`lt_core.classifiers`)
+RESERVED = ("profile", "seed")  # parameters with an option of their own
 STAGGER_SECONDS = 1.0  # between two kernel starts: they look for free ports and read the same files
-CLOCK_SLACK_SECONDS = 2.0  # file times are coarser than the clock
 NEVER_STARTED = re.compile(r"Kernel died before replying|Kernel didn't respond|[Tt]imeout waiting for kernel")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+# ---------------------------------------------------------------- notebooks as files
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One notebooks/NN_name.ipynb. Its metadata, under "lt_core", says what it produces and needs."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def number(self) -> str:
+        return self.name.partition("_")[0]
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The file as parsed JSON; {} when it is none."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) and isinstance(content.get("cells"), list) else {}
+
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        return self.content.get("cells", [])
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        return self.content.get("metadata", {}).get("lt_core", {})
+
+    @property
+    def produces(self) -> list[str]:
+        """Files that a run writes to its figures folder."""
+        return self.declared.get("produces", [])
+
+    @property
+    def backbones(self) -> list[str]:
+        """Backbones whose feature caches a run reads."""
+        return self.declared.get("backbones", [])
+
+    @property
+    def first(self) -> bool:
+        """Whether it runs before the others, which read what it writes: the verdicts of the claims."""
+        return bool(self.declared.get("first"))
+
+    @property
+    def title(self) -> str:
+        """The first heading."""
+        for cell in self.cells:
+            if cell.get("cell_type") == "markdown":
+                for line in source_of(cell).splitlines():
+                    if line.startswith("#"):
+                        return line.lstrip("#").strip()
+        return self.name
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Name and default of each parameter; a default that is no literal is None."""
+        import papermill
+
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        found = papermill.inspect_notebook(str(self.path))
+        return {name: literal(parameter["default"]) for name, parameter in found.items()}
+
+    @cached_property
+    def fault(self) -> str:
+        """Why this file cannot be run; empty when it can."""
+        if not self.content:
+            return "the file is not a notebook"
+        try:
+            missing = [name for name in RESERVED if name not in self.defaults]
+        except Exception as error:  # whatever papermill raises about a damaged file
+            return f"its parameters cannot be read: {error}"
+        return f"its cell tagged `parameters` lacks {' and '.join(missing)}" if missing else ""
+
+
+def source_of(cell: dict[str, Any]) -> str:
+    """A cell's text (the file format allows a list of lines)."""
+    source = cell.get("source", "")
+    return source if isinstance(source, str) else "".join(source)
+
+
+def literal(text: str) -> Any:
+    """The Python value that a text spells; None when it is an expression."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+
+
+def find(folder: Path | None = None) -> list[Notebook]:
+    """All notebooks, in the order of their numbers. Raises InputError where two declare the same product."""
+    folder = folder or paths.NOTEBOOKS
+    found = [Notebook(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"), key=lambda path: path.stem)]
+    if not found:
+        raise InputError(f"no notebooks (NN_name.ipynb) in {folder}")
+    made = Counter(product for notebook in found for product in notebook.produces)
+    for product in (product for product, makers in made.items() if makers > 1):
+        makers = " and ".join(n.name for n in found if product in n.produces)
+        raise InputError(f"{makers} both declare the product {product}: rename or remove one of them")
+    return found
+
+
+def select(notebooks: list[Notebook], only: str | None) -> list[Notebook]:
+    """The notebooks named by a comma-separated list of numbers or names; all of them for None."""
+    if only is None:
+        return notebooks
+    words = [word.strip().removesuffix(".ipynb") for word in only.split(",") if word.strip()]
+    if not words:
+        raise InputError("--only needs numbers or names of notebooks, as in --only 01,08")
+    chosen = []
+    for word in words:
+        fits = [n for n in notebooks if word in (n.name, n.number) or word.zfill(2) == n.number]
+        if not fits:
+            raise ProfileError(unknown("notebook", word, [n.name for n in notebooks]))
+        if len(fits) > 1:
+            raise InputError(f"--only {word} fits {' and '.join(n.name for n in fits)}: name one of them")
+        chosen += fits
+    return [notebook for notebook in notebooks if notebook in chosen]
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def parse_assignments(words: list[str]) -> dict[str, str]:
+    """`-p NAME=VALUE` options as a dictionary; raises InputError for another form."""
+    parsed = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"-p needs NAME=VALUE, found {word!r}")
+        if name in RESERVED:
+            raise InputError(f"-p {name}=...: use --{name}")
+        parsed[name] = value
+    return parsed
+
+
+def check_assignments(notebooks: list[Notebook], assignments: dict[str, str]) -> None:
+    """Raises InputError, listing the known ones, for a name that no selected notebook has."""
+    known = {name for notebook in notebooks if not notebook.fault for name in notebook.defaults}
+    for name in assignments:
+        if name not in known:
+            choices = sorted(known - set(RESERVED)) or ["(the selected notebooks have none)"]
+            raise InputError(unknown("parameter", name, choices))
+
+
+def own_parameters(notebook: Notebook, assignments: dict[str, str], seed: int | None) -> dict[str, Any]:
+    """Seed, and the assignments that change one of the notebook's defaults: what names its folder of figures.
+
+    A value takes the type of its default. Raises InputError where it cannot.
+    """
+    own: dict[str, Any] = {"seed": seed}
+    for name, text in assignments.items():
+        if name not in notebook.defaults:
+            continue
+        default, value = notebook.defaults[name], literal(text)
+        if isinstance(default, str) or (value is None and default is None):
+            value = text
+        elif isinstance(default, bool) and text.lower() in ("true", "false"):
+            value = text.lower() == "true"
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if default is not None and type(value) is not type(default):
+            wanted = f"of type {type(default).__name__}"
+            raise InputError(f"parameter {name} of {notebook.name} must be {wanted}, found {text!r}")
+        if value != default:
+            own[name] = value
+    return own
+
+
+# ---------------------------------------------------------------- what a user can ask for
 
 
 @dataclass(frozen=True)
@@ -47,26 +231,72 @@ class Options:
     jobs: int | None = None  # notebooks side by side; None: min(2, cores)
     force: bool = False
     data_root: Path | None = None
-    seed: int = 0
+    seed: int | None = None  # None: all seeds of the profile
     assignments: list[str] = field(default_factory=list)  # NAME=VALUE
+
+    @property
+    def reports(self) -> Path:
+        """Where this run's records and pages lie: runs with other parameters have a folder of their own."""
+        return paths.reports(self.profile, seed=self.seed, **parse_assignments(self.assignments))
 
 
 @dataclass
 class Task:
-    """A selected notebook, with what is injected and why it must run (empty: it is up to date)."""
+    """A selected notebook, its parameters but for the profile, and why it must run (empty: it need not)."""
 
     notebook: Notebook
     parameters: dict[str, Any]
+    options: Options
     reason: str = ""
 
+    @property
+    def out(self) -> Path:
+        return paths.figures(self.options.profile, **self.parameters)
 
-# --- The three things a user can ask for ---------------------------------------------------------------
+    @property
+    def injected(self) -> dict[str, Any]:
+        return {"profile": self.options.profile, **self.parameters}
 
 
-def listing(folder: Path | None = None) -> str:
+@dataclass
+class Record:
+    """The account of one notebook, kept in reports/<profile>/NN_name.json."""
+
+    notebook: str
+    title: str
+    status: str  # ok, failed, running (also: was interrupted)
+    started: str = ""  # local date and time
+    seconds: float = 0.0
+    parameters: dict[str, Any] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)  # name -> sha256
+    error: str = ""
+    cell: str = ""  # where the error was
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        with paths.atomic(folder / f"{self.notebook}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Record | None:
+        """The record of the last run; None when there is none that can be read."""
+        try:
+            return cls(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+
+    @property
+    def what_went_wrong(self) -> str:
+        return f"{self.cell}: {self.error}" if self.cell else self.error
+
+
+def listing(profile: str, folder: Path | None = None) -> str:
     """Number, title and products of every notebook."""
+    from lt_core.data.profiles import load_profile
+
+    load_profile(profile)
     lines = []
-    for notebook in nbs.find(folder):
+    for notebook in find(folder):
         lines.append(f"{notebook.name}: {notebook.title}")
         lines.append(f"    produces {', '.join(notebook.produces) or 'a report only'}")
     return "\n".join(lines)
@@ -74,11 +304,10 @@ def listing(folder: Path | None = None) -> str:
 
 def dry_run(options: Options, folder: Path | None = None) -> str:
     """What would run, and why."""
-    lines = []
-    for task in plan(options, folder):
-        reason = f"would run ({task.reason})" if task.reason else "up to date"
-        lines.append(f"{task.notebook.name}: {reason}")
-    return "\n".join(lines)
+    tasks = plan(options, folder)
+    return "\n".join(
+        f"{t.notebook.name}: {f'would run ({t.reason})' if t.reason else 'up to date'}" for t in tasks
+    )
 
 
 def run(options: Options, folder: Path | None = None) -> int:
@@ -86,95 +315,134 @@ def run(options: Options, folder: Path | None = None) -> int:
 
     Raises LTError, before anything runs, for bad input.
     """
+    from lt_core import site
+    from lt_core.data.profiles import load_profile
+
     began = time.monotonic()
     plan(options, folder)  # refuses wrong names before waiting for the lock
-    reports = paths.reports(options.profile)
-    with _one_at_a_time(reports, options.profile):
+    with one_at_a_time(options.reports, options.profile):
         tasks = plan(options, folder)
-        records = _run_tasks(tasks, options)
-        _write_index(options, nbs.find(folder), time.monotonic() - began)
-    print(_summary(tasks, records, reports, options.profile, time.monotonic() - began), flush=True)
+        account = options.reports / ".fits"
+        account.unlink(missing_ok=True)
+        records = run_tasks(tasks, options, account)
+        seconds = time.monotonic() - began
+        known = [r for n in find(folder) if (r := Record.load(options.reports, n.name))]
+        site.write_summary(
+            tasks[0].out,
+            [(n.name, n.title, n.produces) for n in find(folder)],
+            options.reports / "report.html",
+        )
+        ran = any(task.reason for task in tasks)
+        figures = {task.notebook.name: task.out for task in tasks}
+        site.write_index(
+            load_profile(options.profile), options.reports, known, figures, seconds if ran else None
+        )
+    print(summary(tasks, records, options, seconds, account), flush=True)
     return int(any(record.status != "ok" for record in records.values()))
 
 
-# --- What is out of date -------------------------------------------------------------------------------
-
-
 def plan(options: Options, folder: Path | None = None) -> list[Task]:
-    """The selected notebooks with their parameters and reasons to run; raises LTError for wrong options."""
-    from lt_core.profiles import load_profile
+    """The selected notebooks with reasons to run, in the order of running; raises LTError for bad options."""
+    from lt_core.data.profiles import load_profile
 
     load_profile(options.profile)
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs must be at least 1, found {options.jobs}")
-    if options.seed < 0:
+    if options.seed is not None and options.seed < 0:
         raise InputError(f"--seed must be 0 or above, found {options.seed}")
     if options.data_root is not None:
         paths.data_root(options.data_root)
-    everything = nbs.find(folder)
-    selected = nbs.select(everything, options.only)
-    assignments = nbs.parse_assignments(options.assignments)
+    selected = select(find(folder), options.only)
+    assignments = parse_assignments(options.assignments)
     if assignments:
-        nbs.check_assignments(selected, assignments)
+        check_assignments(selected, assignments)
     tasks = []
-    for notebook in selected:
-        known = {} if notebook.fault else assignments
-        parameters = nbs.parameters_of(notebook, known, options.profile, options.seed)
-        tasks.append(Task(notebook, parameters, _reason(notebook, parameters, options)))
-    rerun: set[str] = set()
-    for task in _in_order(tasks):  # what reads the tables of a notebook that runs must run after it
-        if not task.reason and rerun.intersection(task.notebook.reads):
-            task.reason = "a table it reads is made again"
-        if task.reason:
-            rerun.update(task.notebook.produces)
+    for notebook in sorted(selected, key=lambda one: not one.first):
+        own = own_parameters(notebook, {} if notebook.fault else assignments, options.seed)
+        tasks.append(Task(notebook, own, options))
+        tasks[-1].reason = reason_to_run(tasks[-1])
     return tasks
 
 
-def _reason(notebook: Notebook, parameters: dict[str, Any], options: Options) -> str:
+# ---------------------------------------------------------------- what is out of date
+
+
+def reason_to_run(task: Task) -> str:
     """Why a notebook must run; empty when it need not."""
-    reports, figures = paths.reports(options.profile), paths.figures(options.profile)
-    last = Record.load(reports, notebook.name)
-    if options.force:
+    last = Record.load(task.options.reports, task.notebook.name)
+    if task.options.force:
         return "forced"
     if last is None:
         return "never run"
     if last.status != "ok":
         return "failed last time" if last.status == "failed" else "did not finish last time"
-    products = [reports / f"{notebook.name}.html", *(figures / name for name in notebook.produces)]
-    missing = [path.name for path in products if not path.is_file()]
-    if missing:
-        return f"missing output {missing[0]}"
-    now = nbs.fingerprint(notebook, parameters, options.profile, options.seed)
+    if not (task.options.reports / f"{task.notebook.name}.html").is_file():
+        return "its page is missing"
+    for name in task.notebook.produces:
+        found = file_digest(task.out / name)
+        if found != last.products.get(name):
+            return f"{'missing' if not found else 'changed'} product {name}"
+    now = fingerprint(task)
     changed = [kind for kind in now if now[kind] != last.fingerprint.get(kind)]
     return f"changed {' and '.join(changed)}" if changed else ""
 
 
-def _groups(tasks: list[Task]) -> Iterator[list[Task]]:
-    """Groups of tasks that may run side by side; a task stands after those whose files it reads."""
-    maker = {name: task.notebook.name for task in tasks for name in task.notebook.produces}
-    by_name = {task.notebook.name: task for task in tasks}
-    sorter = TopologicalSorter(
-        {task.notebook.name: {maker[name] for name in task.notebook.reads if name in maker} for task in tasks}
-    )
+def fingerprint(task: Task) -> dict[str, str]:
+    """sha256 of everything that a notebook's results depend on, by kind; equal means nothing changed."""
+    notebook = task.notebook
+    cells = [[cell.get("cell_type"), source_of(cell)] for cell in notebook.cells]
+    pins = [file_digest(paths.ROOT / "requirements.txt"), installed("torch")]
+    verdicts = file_digest(task.out / "claims.csv") if notebook.declared.get("claims") else ""
+    return {
+        "notebook": digest([cells, notebook.declared]),
+        "parameters": digest(task.injected),
+        "code": digest([[path.name, file_digest(path)] for path in code_files()]),
+        "environment": digest(pins),
+        "feature caches": digest(cache_hashes(task)),
+        "verdicts that it shows": "" if "claims.csv" in notebook.produces else verdicts,
+    }
+
+
+def code_files() -> list[Path]:
+    """Everything of the package that a result may depend on."""
+    return sorted(path for path in paths.PACKAGE.rglob("*") if path.suffix in CODE_SUFFIXES)
+
+
+def cache_hashes(task: Task) -> list[str]:
+    """The hash that the feature cache of each seed states of itself, where there is one."""
+    from lt_core import backbones
+    from lt_core.data.profiles import load_profile
+
+    hashes, known = [], load_profile(task.options.profile).backbones
+    for name in (name for name in task.notebook.backbones if name in known):
+        for seed in dict.fromkeys([*known[name].seeds, task.options.seed or 0]):
+            meta = backbones.cache_folder(task.options.profile, name, seed) / "meta.json"
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                hashes.append(str(json.loads(meta.read_text(encoding="utf-8"))["sha256"]))
+    return hashes
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file; empty where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def installed(package: str) -> str:
     try:
-        sorter.prepare()
-    except CycleError as error:
-        raise InputError(f"these notebooks read each other's files: {', '.join(error.args[1])}") from None
-    while sorter.is_active():
-        ready = sorter.get_ready()
-        yield sorted((by_name[name] for name in ready), key=lambda task: task.notebook.name)
-        sorter.done(*ready)
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
-def _in_order(tasks: list[Task]) -> list[Task]:
-    return [task for group in _groups(tasks) for task in group]
-
-
-# --- Running -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- running
 
 
 @contextmanager
-def _one_at_a_time(folder: Path, profile: str) -> Iterator[None]:
+def one_at_a_time(folder: Path, profile: str) -> Iterator[None]:
     """Holds the lock of a profile's reports; a second run waits, and says so."""
     from filelock import FileLock, Timeout
 
@@ -191,28 +459,29 @@ def _one_at_a_time(folder: Path, profile: str) -> Iterator[None]:
         lock.release()
 
 
-def _run_tasks(tasks: list[Task], options: Options) -> dict[str, Record]:
+def run_tasks(tasks: list[Task], options: Options, account: Path) -> dict[str, Record]:
     """Runs the tasks that have a reason; the record of each, the skipped ones' from their last run."""
-    reports = paths.reports(options.profile)
-    due = [task for task in tasks if task.reason]
     records: dict[str, Record] = {}
-    for task in tasks:
-        last = Record.load(reports, task.notebook.name)
-        if not task.reason and last:
-            records[task.notebook.name] = last
-            print(f"{task.notebook.name}: up to date", flush=True)
+    for task in (task for task in tasks if not task.reason):
+        records[task.notebook.name] = Record.load(options.reports, task.notebook.name)
+        print(f"{task.notebook.name}: up to date", flush=True)
+    due = [task for task in tasks if task.reason]
     if not due:
         return records
-    broken = _ensure_backbones(due, options)
+    broken = make_backbones(due, options)
     jobs = options.jobs or min(2, cores())
-    with tempfile.TemporaryDirectory(prefix="lt_core-") as scratch, _Processes() as processes:
-        worker = _Worker(options, _environment(options, jobs, Path(scratch)), processes, len(due))
-        with ThreadPoolExecutor(jobs) as pool:
-            for group in _groups(due):
+    with tempfile.TemporaryDirectory(prefix="lt_core-") as scratch, Processes() as processes:
+        environment = child_environment(options, Path(scratch), account)
+        worker = Worker(environment, processes, len(due), broken)
+        # What runs first runs alone, with all cores; the others side by side share them.
+        for group, beside in (
+            ([t for t in due if t.notebook.first], 1),
+            ([t for t in due if not t.notebook.first], jobs),
+        ):
+            worker.threads = max(1, cores() // beside)
+            with ThreadPoolExecutor(beside) as pool:
                 try:
-                    futures = [
-                        pool.submit(worker.run, task, _obstacle(task, records, broken)) for task in group
-                    ]
+                    futures = [pool.submit(worker.run, task) for task in group]
                     for future in as_completed(futures):
                         record = future.result()
                         records[record.notebook] = record
@@ -223,21 +492,20 @@ def _run_tasks(tasks: list[Task], options: Options) -> dict[str, Record]:
     return records
 
 
-def _ensure_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
+def make_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
     """Makes the feature caches that the tasks need; backbones that failed, each with its error.
 
     Backbones that the profile does not have are left out: a notebook says itself what it shows without them.
     """
     from lt_core import backbones
-    from lt_core.profiles import load_profile
+    from lt_core.data.profiles import load_profile
 
     known = load_profile(options.profile).backbones
-    needed = dict.fromkeys(name for task in tasks for name in task.notebook.backbones if name in known)
     failed = {}
-    for name in needed:
+    for name in dict.fromkeys(name for task in tasks for name in task.notebook.backbones if name in known):
         try:
             for seed in backbones.seeds_shown(options.profile, name, options.seed):
-                backbones.ensure(options.profile, name, seed, data_root=options.data_root, progress=print)
+                backbones.ensure(options.profile, name, seed, options.data_root)
         except LTError as error:
             failed[name] = f"backbone {name}: {error}"
         except Exception as error:  # its notebooks fail with it, the others run
@@ -247,81 +515,65 @@ def _ensure_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
     return failed
 
 
-def _obstacle(task: Task, records: dict[str, Record], broken: dict[str, str]) -> str:
-    """Why a notebook cannot run at all; empty when it can."""
-    if task.notebook.fault:
-        return task.notebook.fault
-    for backbone in task.notebook.backbones:
-        if backbone in broken:
-            return broken[backbone]
-    for record in records.values():
-        lost = set(record.produces).intersection(task.notebook.reads)
-        if record.status != "ok" and lost:
-            return f"needs {min(lost)} of {record.notebook}, which failed"
-    for name in task.notebook.reads:
-        if not (paths.figures(task.parameters["profile"]) / name).is_file():
-            return f"needs {name}, which does not exist: run the notebook that produces it first"
-    return ""
-
-
-class _Worker:
+class Worker:
     """Runs one notebook after the other, called from several threads."""
 
     def __init__(
-        self, options: Options, environment: dict[str, str], processes: _Processes, total: int
+        self, environment: dict[str, str], processes: Processes, total: int, broken: dict[str, str]
     ) -> None:
-        self.options, self.environment, self.processes, self.total = options, environment, processes, total
-        self.reports = paths.reports(options.profile)
-        self.done, self.next_start = 0, 0.0
+        self.environment, self.processes, self.total, self.broken = environment, processes, total, broken
+        self.threads, self.done, self.next_start = 1, 0, 0.0
         self.starting, self.finishing = threading.Lock(), threading.Lock()
 
-    def run(self, task: Task, obstacle: str) -> Record:
+    def run(self, task: Task) -> Record:
         """Executes, renders, records."""
-        notebook = task.notebook
+        notebook, reports = task.notebook, task.options.reports
         record = Record(
             notebook=notebook.name,
             title=notebook.title,
             status="running",
             started=datetime.now().isoformat(sep=" ", timespec="seconds"),
-            parameters=task.parameters,
-            produces=notebook.produces,
+            parameters=task.injected,
         )
-        began, clock = time.monotonic(), time.time()
-        record.save(self.reports)
-        if obstacle:
-            record.error = obstacle
-        else:
-            self._wait_for_turn()
+        began = time.monotonic()
+        record.save(reports)
+        record.error = notebook.fault or next(
+            (self.broken[name] for name in notebook.backbones if name in self.broken), ""
+        )
+        if not record.error:
+            self.wait_for_turn()
             print(f"{notebook.name}: started ({task.reason})", flush=True)
             # Read before it runs: a change made meanwhile counts as a change.
-            record.fingerprint = nbs.fingerprint(
-                notebook, task.parameters, self.options.profile, self.options.seed
-            )
-            record.error, record.cell = self._execute(task)
-            record.error = record.error or self._lost_output(notebook, clock)
+            record.fingerprint = fingerprint(task)
+            before = {name: stamp(task.out / name) for name in notebook.produces}
+            record.error, record.cell = self.execute(task)
             if self.processes.stopped:  # interrupted: the record stays at "running"
                 return record
+            unwritten = [name for name in notebook.produces if stamp(task.out / name) == before[name]]
+            if not record.error and unwritten:
+                record.error = f"did not write {unwritten[0]}"
+            record.products = {name: file_digest(task.out / name) for name in notebook.produces}
         record.seconds = round(time.monotonic() - began, 1)
         record.status = "failed" if record.error else "ok"
         with self.finishing:
-            self._finish(record, notebook)
+            self.finish(record, task)
         return record
 
-    def _wait_for_turn(self) -> None:
+    def wait_for_turn(self) -> None:
         with self.starting:
             time.sleep(max(0.0, self.next_start - time.monotonic()))
             self.next_start = time.monotonic() + STAGGER_SECONDS
 
-    def _execute(self, task: Task) -> tuple[str, str]:
+    def execute(self, task: Task) -> tuple[str, str]:
         """Runs papermill, again if the kernel never started; error and cell, both empty if all is well."""
-        name = task.notebook.name
-        executed, log = self.reports / f"{name}.ipynb", self.reports / f"{name}.log"
-        temporary = self.reports / f".{name}.running.ipynb"
+        name, reports = task.notebook.name, task.options.reports
+        executed, log = reports / f"{name}.ipynb", reports / f"{name}.log"
+        temporary = reports / f".{name}.running.ipynb"
         executed.unlink(missing_ok=True)
         try:
             for attempt in (1, 2):
                 temporary.unlink(missing_ok=True)
-                status = self._papermill(task, temporary, log)
+                status = self.papermill(task, temporary, log)
                 text = log.read_text(encoding="utf-8", errors="replace")
                 if status == 0 or attempt == 2 or not NEVER_STARTED.search(text) or was_executed(temporary):
                     break
@@ -334,54 +586,53 @@ class _Worker:
             temporary.unlink(missing_ok=True)
         return ("", "") if status == 0 else explain(executed, text, status)
 
-    def _papermill(self, task: Task, output: Path, log: Path) -> int:
+    def papermill(self, task: Task, output: Path, log: Path) -> int:
         import yaml
 
         source = task.notebook.path
-        injected = base64.b64encode(yaml.safe_dump(task.parameters).encode()).decode()
+        injected = base64.b64encode(yaml.safe_dump(task.injected).encode()).decode()
         command = [sys.executable, "-m", "papermill", str(source), str(output), "--kernel", "python3"]
         command += ["--cwd", str(source.parent), "--parameters_base64", injected]
         command += ["--no-progress-bar", "--log-output"]
+        threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         with open(log, "wb") as stream:
-            return self.processes.wait_for(command, self.environment, stream)
+            return self.processes.wait_for(command, self.environment | threads, stream)
 
-    def _lost_output(self, notebook: Notebook, began: float) -> str:
-        """A declared file that this run did not write (a committed one may lie there from before)."""
-        for name in notebook.produces:
-            path = paths.figures(self.options.profile) / name
-            if not path.is_file() or path.stat().st_mtime < began - CLOCK_SLACK_SECONDS:
-                return f"did not write {name}"
-        return ""
-
-    def _finish(self, record: Record, notebook: Notebook) -> None:
+    def finish(self, record: Record, task: Task) -> None:
         from lt_core import site
 
-        executed = self.reports / f"{notebook.name}.ipynb"
+        reports = task.options.reports
+        executed = reports / f"{record.notebook}.ipynb"
         try:
-            site.render_notebook(
-                executed if executed.is_file() else notebook.path,
-                self.reports / f"{notebook.name}.html",
-                title=record.title,
-                error=error_line(record),
-                resources=notebook.path.parent,
-            )
+            source = executed if executed.is_file() else task.notebook.path
+            site.render_notebook(source, reports / f"{record.notebook}.html", record, task.out)
         except Exception as error:  # a file that is no notebook has no report
             if record.status == "ok":
                 record.status, record.error = "failed", f"its report could not be written: {error}"
-        record.save(self.reports)
+        record.save(reports)
         self.done += 1
-        outcome = f"FAILED, {error_line(record)}" if record.error else "finished"
-        print(f"{notebook.name}: {outcome} in {record.seconds:.0f} s ({self.done}/{self.total})", flush=True)
+        outcome = f"FAILED, {record.what_went_wrong}" if record.error else "finished"
+        print(
+            f"{record.notebook}: {outcome} in {record.seconds:.0f} s ({self.done}/{self.total})", flush=True
+        )
 
 
-class _Processes:
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written again; None where there is none."""
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
+class Processes:
     """The running children, so that all of them, kernels included, end when this process is interrupted."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
         self.lock, self.stopped = threading.Lock(), False
 
-    def __enter__(self) -> _Processes:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -430,44 +681,44 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _environment(options: Options, jobs: int, scratch: Path) -> dict[str, str]:
-    """The children's environment: thread caps, this checkout, and nothing of the user's own settings."""
-    threads = str(max(1, cores() // jobs))
+def child_environment(options: Options, scratch: Path, account: Path) -> dict[str, str]:
+    """The children's environment: this checkout, and nothing of the user's own settings."""
     search = [str(paths.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {
-        **dict.fromkeys(THREAD_VARIABLES, threads),
         "PYTHONPATH": os.pathsep.join(search),
+        "LT_OUTPUT_ROOT": str(paths.output_root()),  # absolute: a notebook runs in another folder
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "MPLCONFIGDIR": str(
             paths.decoded() / "matplotlib"
-        ),  # its font list is kept, a private style is not read
+        ),  # its font list is kept, a private style not read
         "IPYTHONDIR": str(scratch / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel `python3` of this environment, not of the home folder
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        nbs.REPORT: "1",
+        REPORT: "1",
+        FIT_LOG: str(account),
     }
     if options.data_root is not None:
         own["LT_DATA_ROOT"] = str(paths.data_root(options.data_root))
     return os.environ | own
 
 
-# --- What went wrong -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- what went wrong, and the account at the end
 
 
-def _cells_of(executed: Path) -> list[dict[str, Any]]:
+def executed_cells(executed: Path) -> list[dict[str, Any]]:
     """Cells of an executed copy without papermill's error markers; none for an unreadable file."""
     cells = Notebook(executed).cells if executed.is_file() else []
     return [cell for cell in cells if "papermill-error-cell-tag" not in cell["metadata"].get("tags", [])]
 
 
 def was_executed(executed: Path) -> bool:
-    return any(cell.get("execution_count") for cell in _cells_of(executed))
+    return any(cell.get("execution_count") for cell in executed_cells(executed))
 
 
 def explain(executed: Path, log: str, status: int) -> tuple[str, str]:
     """Error (`ename: evalue`, first line) and cell of a failed run, from its executed copy and its log."""
-    cells = _cells_of(executed)
+    cells = executed_cells(executed)
     for index, cell in enumerate(cells):
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
@@ -483,41 +734,27 @@ def explain(executed: Path, log: str, status: int) -> tuple[str, str]:
     return (lines[-1].strip() if lines else f"papermill ended with status {status}"), ""
 
 
-def error_line(record: Record) -> str:
-    return f"{record.cell}: {record.error}" if record.cell else record.error
-
-
-# --- The account at the end ----------------------------------------------------------------------------
-
-
-def _write_index(options: Options, notebooks: list[Notebook], seconds: float) -> None:
-    """reports/<profile>/index.html over all notebooks that have ever run, those of earlier runs included."""
-    from lt_core import site
-    from lt_core.profiles import load_profile
-
-    reports = paths.reports(options.profile)
-    records = [record for notebook in notebooks if (record := Record.load(reports, notebook.name))]
-    site.write_index(load_profile(options.profile), records, options.seed, seconds)
-
-
-def _summary(
-    tasks: list[Task], records: dict[str, Record], reports: Path, profile: str, seconds: float
+def summary(
+    tasks: list[Task], records: dict[str, Record], options: Options, seconds: float, account: Path
 ) -> str:
-    """Status, seconds and report of each notebook, the errors, and where to look."""
+    """Status, seconds and page of each notebook, the errors, how often systems were fitted, where to look."""
     width = max(len(name) for name in ["notebook", *records])
     lines = ["", f"{'notebook':{width}}  {'status':10}  {'seconds':>7}  report"]
     for task in tasks:
         record = records[task.notebook.name]
         status = record.status if task.reason else "up to date"
-        report = reports / f"{record.notebook}.html"
+        report = options.reports / f"{record.notebook}.html"
         shown = report if report.is_file() else "none"
         lines.append(f"{record.notebook:{width}}  {status:10}  {record.seconds:7.1f}  {shown}")
     failed = [record for record in records.values() if record.status != "ok"]
-    lines += [f"FAILED {record.notebook}: {error_line(record)}" for record in failed]
+    lines += [f"FAILED {record.notebook}: {record.what_went_wrong}" for record in failed]
+    fits = account.read_text(encoding="utf-8").splitlines() if account.is_file() else []
+    fitted = sum(line.startswith("fitted") for line in fits)
     lines += [
         "",
         f"{len(records) - len(failed)} of {len(records)} notebooks are fine; this took {seconds:.0f} s",
-        f"tables and figures  {paths.figures(profile)}",
-        f"report              {reports / 'index.html'}",
+        f"compared systems    {fitted} fitted, {len(fits) - fitted} read from .cache",
+        f"tables and figures  {tasks[0].out}",
+        f"report              {options.reports / 'index.html'}",
     ]
     return "\n".join(lines)

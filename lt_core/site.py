@@ -1,23 +1,22 @@
 """HTML reports that open from disk: one file a notebook and an index, nothing loaded from anywhere.
 
 Formulas become MathML, images are part of the file, code and long logs are folded, live widgets are replaced
-by a note.
+by a note. The index opens with the verdict on the claims, then one line of result for each notebook.
 
-    render_notebook(executed, target, title="Table 1")
-    write_index(profile, records, seed=0, seconds=12.3)
+    render_notebook(executed, target, record, out)
+    write_index(profile, reports, records, {record.notebook: out}, seconds=12.3)
+    write_summary(figures, [(name, title, products)], target)      # the whole as one page
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
+import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,16 +32,17 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from traitlets.config import Config
 
 from lt_core import paths
+from lt_core.backbones import code_version
+from lt_core.tables import load_table, to_html
 
 if TYPE_CHECKING:
-    from lt_core.notebooks import Record
-    from lt_core.profiles import Profile
+    from lt_core.data.profiles import Profile
+    from lt_core.runner import Record
 
 TEMPLATES = paths.PACKAGE / "site_template"
+SUMMARY_WIDTH = 1000  # pixels of a picture in the one-page report
 LONG_OUTPUT_LINES = 20  # longer printed output is folded
-THUMBNAIL_PIXELS = 640
-MINIATURE = (9, 5)  # rows and columns of a table that its card shows
-KINDS = {"T": "Table", "F": "Figure", "S": "Table S"}
+KINDS = {"T": "Table ", "F": "Figure ", "S": "Table S"}
 SHOWN_FIRST = [
     "text/html",
     "text/markdown",
@@ -127,19 +127,66 @@ class ReportExporter(HTMLExporter):
         return boxed_tables(MarkdownWithMath(renderer=renderer).render(source))
 
 
-def render_notebook(source: Path, target: Path, *, title: str, error: str = "", resources: Path) -> None:
-    """Writes the executed notebook `source` as one HTML file; `resources`: where its relative images lie."""
+def render_notebook(source: Path, target: Path, record: Record, out: Path) -> None:
+    """Writes the executed notebook `source` as one HTML file beside the other pages of the report.
+
+    Its images link to their full-size files in the figures folder `out`, where they lie there.
+    """
     notebook = nbformat.read(source, as_version=4)
-    _prepare(notebook)
-    report = {"title": title, "error": error, "style": style(), "long": LONG_OUTPUT_LINES}
-    known = {"metadata": {"path": str(resources), "name": title}, "report": report}
+    _prepare(
+        notebook,
+        {file_text(out / n): link(out / n, target.parent) for n in record.products if n.endswith(".png")},
+    )
+    report = {
+        "title": record.title,
+        "error": record.what_went_wrong,
+        "style": style(),
+        "long": LONG_OUTPUT_LINES,
+        "around": neighbours(record.notebook),
+        "contents": contents(notebook),
+    }
+    known = {"metadata": {"path": str(paths.NOTEBOOKS), "name": record.title}, "report": report}
     page, _ = ReportExporter().from_notebook_node(notebook, resources=known)
     with paths.atomic(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _prepare(notebook: nbformat.NotebookNode) -> None:
-    """Drops papermill's marks, replaces live widgets, and gives every image a text."""
+def neighbours(name: str) -> list[tuple[str, str]]:
+    """(label, page) of the notebooks before and after this one."""
+    names = sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if name not in names:
+        return []
+    place = names.index(name)
+    before = [("\N{LEFTWARDS ARROW} " + names[place - 1], f"{names[place - 1]}.html")] if place else []
+    after = names[place + 1 : place + 2]
+    return before + [(one + " \N{RIGHTWARDS ARROW}", f"{one}.html") for one in after]
+
+
+def contents(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """(heading, anchor) of each second-level heading; the anchors are set in the Markdown."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"^## +(.+)$", cell.source, re.MULTILINE):
+                anchor = f"section-{len(found) + 1}"
+                found.append((re.sub(r"[$*`]", "", heading), anchor))
+                mark = f'<span id="{anchor}"></span>\n\n## {heading}'
+                cell.source = cell.source.replace(f"## {heading}", mark, 1)
+    return found
+
+
+def file_text(path: Path) -> str:
+    """A file's content as base64 text; empty where there is none."""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
+
+
+def link(path: Path, folder: Path) -> str:
+    """The relative address of a file, seen from a folder."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _prepare(notebook: nbformat.NotebookNode, files: dict[str, str]) -> None:
+    """Drops papermill's marks, replaces live widgets, gives every image a text and the link to its file."""
     notebook.cells = [
         cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
     ]
@@ -152,6 +199,8 @@ def _prepare(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             _replace_widget(output)
             _describe_images(output, cell.metadata.get("alt") or f"Figure under the heading: {heading}")
+            if png := output.get("data", {}).get("image/png", "").replace("\n", ""):
+                output.metadata["image/png"]["file"] = files.get(png, "")
 
 
 def _replace_widget(output: nbformat.NotebookNode) -> None:
@@ -211,137 +260,151 @@ def style() -> str:
 # --- The index -----------------------------------------------------------------------------------------
 
 
-def write_index(profile: Profile, records: list[Record], seed: int, seconds: float) -> None:
-    """Writes reports/<profile>/index.html: what was made, by which notebook, with what, how long it took."""
-    figures, reports = paths.figures(profile.name), paths.reports(profile.name)
+def write_index(
+    profile: Profile, reports: Path, records: list[Record], figures: dict[str, Path], seconds: float | None
+) -> None:
+    """Writes index.html: the verdict, a line of result for each notebook, figures with captions, tables.
+
+    figures: the figures folder of each notebook; seconds: of this run, None where nothing ran, so that the
+    time of the last real run is kept.
+    """
+    last = reports / ".last_run.json"
+    if seconds is not None:
+        with paths.atomic(last) as temporary:
+            temporary.write_text(json.dumps({"seconds": round(seconds)}), encoding="utf-8")
+    default = paths.figures(profile.name)
+    lines = [_line(record, figures.get(record.notebook, default), reports) for record in records]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     page = environment.get_template("index.html.j2").render(
         style=style(),
         profile=profile,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        facts=facts(seed, seconds),
-        records=records,
-        existing={record.notebook for record in records if (reports / f"{record.notebook}.html").is_file()},
-        figures=[item for record in records for item in _pictures(record, figures, reports)],
-        tables=[item for record in records for item in _tables(record, figures, reports)],
-        claims=claim_counts(figures / "claims.csv"),
+        verdict=next((line["answer"] for line in lines if line["name"] == "99_claims"), ""),
+        lines=lines,
+        facts=facts(last),
     )
     with paths.atomic(reports / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def name_of(stem: str) -> str:
-    """`T4a` -> `Table 4a`, `F2` -> `Figure 2`, `S1` -> `Table S1`; other names as they are."""
-    match = re.fullmatch(r"([TFS])(\d+[a-z]?)", stem)
-    if not match:
-        return stem.replace("_", " ")
-    kind, number = match.groups()
-    return f"{KINDS[kind]}{number}" if kind == "S" else f"{KINDS[kind]} {number}"
+def write_summary(figures: Path, notebooks: list[tuple[str, str, list[str]]], target: Path) -> None:
+    """Writes the whole report as one page to send or to look at in a browser, pictures included.
+
+    It is made of the files in `figures` alone: the answer, the tables and the figures of each notebook (name,
+    title, products).
+    """
+    parts = []
+    for name, title, products in notebooks:
+        made = [product for product in products if (figures / product).is_file()]
+        parts.append(
+            {
+                "title": title,
+                "answer": inline(figures / "answers" / f"{name}.md"),
+                "figures": [
+                    (description(figures / n), small_picture(figures / n)) for n in made if n.endswith(".png")
+                ],
+                "tables": [
+                    table
+                    for n in made
+                    if re.fullmatch(r"[TS]\d+[a-z]?\.csv", n)
+                    for table in _tables(figures / n)
+                ],
+            }
+        )
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    verdict = inline(figures / "answers" / "99_claims.md")
+    page = environment.get_template("summary.html.j2").render(style=style(), verdict=verdict, parts=parts)
+    with paths.atomic(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
-def _pictures(record: Record, figures: Path, reports: Path) -> list[dict[str, Any]]:
-    """A thumbnail for each PNG that a notebook made, and links to its other forms."""
-    made = [figures / name for name in record.produces if name.endswith(".png")]
-    return [
-        {
-            "name": name_of(path.stem).replace("Table S", "Figure S"),
-            "thumbnail": thumbnail(path),
-            "alt": description(path) or f"from the notebook {record.title}",
-            "record": record,
-            "files": _files(record, path.stem, figures, reports),
-        }
-        for path in made
-        if path.is_file()
-    ]
-
-
-def _tables(record: Record, figures: Path, reports: Path) -> list[dict[str, Any]]:
-    """The tables that a notebook made: CSV files without a picture of the same name, each in miniature."""
-    pictured = {Path(name).stem for name in record.produces if name.endswith((".png", ".svg"))}
-    stems = dict.fromkeys(Path(name).stem for name in record.produces if name.endswith((".csv", ".md")))
-    return [
-        {
-            "name": name_of(stem),
-            "record": record,
-            "files": files,
-            "miniature": miniature(figures / f"{stem}.csv"),
-        }
-        for stem in stems
-        if stem not in pictured and (files := _files(record, stem, figures, reports))
-    ]
-
-
-def miniature(path: Path) -> list[list[str]]:
-    """The upper left corner of a CSV table, head first; results as printed -> reproduced values."""
-    if not path.is_file():
+def _tables(file: Path) -> list[tuple[str, str]]:
+    """(title, HTML) of a table's rows that are in print, and of the others; none for another kind of CSV."""
+    table = load_table(file)
+    if "rule" not in table:
         return []
-    rows, columns = MINIATURE
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.reader(file) if line]
-    if lines and {"row", "group", "published", "reproduced", "rule"} <= set(lines[0]):
-        lines = _as_printed([dict(zip(lines[0], line, strict=False)) for line in lines[1:]])
-    return [line[:columns] for line in lines[:rows]]
+    printed = table.groupby("row", sort=False)["published"].transform(lambda values: values.notna().any())
+    title = name_of(file.stem)
+    parts = [(title, table[printed]), (f"{title}, rows that are not in print", table[~printed])]
+    return [(heading, boxed_tables(to_html(part))) for heading, part in parts if len(part)]
 
 
-def _as_printed(results: list[dict[str, str]]) -> list[list[str]]:
-    """Long results as the paper prints them: a line for each row, a column for each group."""
-    results = [one for one in results if one["rule"] == results[0]["rule"]]
-    groups = list(dict.fromkeys(one["group"] for one in results))
-    values: dict[str, dict[str, str]] = {}
-    for one in results:
-        printed, ours = (f"{float(one[key]):.1f}" if one[key] else "–" for key in ("published", "reproduced"))
-        values.setdefault(one["row"], {})[one["group"]] = f"{printed} → {ours}"
-    lines = [[row.split(" / ")[-1], *(cells.get(g, "") for g in groups)] for row, cells in values.items()]
-    return [["", *groups], *lines]
-
-
-def _files(record: Record, stem: str, figures: Path, reports: Path) -> list[tuple[str, str]]:
-    """Suffix and relative address of each file of that name."""
-    files = [figures / name for name in record.produces if Path(name).stem == stem]
-    return [
-        (path.suffix[1:].upper(), Path(os.path.relpath(path, reports)).as_posix())
-        for path in files
-        if path.is_file()
-    ]
-
-
-def thumbnail(path: Path) -> str:
-    """A small copy of a picture as a data address."""
+def small_picture(file: Path) -> str:
+    """A PNG as a data address: at most SUMMARY_WIDTH pixels wide, in few colours."""
     from PIL import Image
 
-    with Image.open(path) as picture:
-        small = picture.convert("RGBA")
-    paper = Image.new("RGBA", small.size, "white")
-    paper.alpha_composite(small)
-    paper.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    paper.convert("RGB").quantize(64).save(buffer, "png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    content = io.BytesIO()
+    with Image.open(file) as image:
+        size = min(SUMMARY_WIDTH, image.width), round(image.height * min(1, SUMMARY_WIDTH / image.width))
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64).save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def claim_counts(path: Path) -> dict[str, int]:
-    """How many claims hold, fail, are untestable; empty when they have not been tested."""
-    if not path.is_file():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        verdicts = [row.get("verdict", "") for row in csv.DictReader(file)]
-    return {verdict: verdicts.count(verdict) for verdict in ("holds", "fails", "untestable")}
-
-
-def facts(seed: int, seconds: float) -> dict[str, str]:
-    """What was run with: versions, commit, hardware."""
-    commit = _output("git", "-C", str(paths.ROOT), "rev-parse", "--short", "HEAD")
-    changed = bool(commit and _output("git", "-C", str(paths.ROOT), "status", "--porcelain", "-uno"))
+def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:
+    """What the index shows of one notebook."""
+    made = [name for name in record.products if (out / name).is_file()]
+    stems = dict.fromkeys(Path(name).stem for name in made if not name.startswith("answers/"))
+    pictured = {Path(name).stem for name in made if name.endswith(".png")}
+    files = {
+        stem: [(Path(n).suffix[1:].upper(), link(out / n, reports)) for n in made if Path(n).stem == stem]
+        for stem in stems
+    }
     return {
-        "Seed": str(seed),
-        "Last run": f"{seconds:.0f} s",
-        "lt_core": f"{_version('lt_core')}{f', commit {commit}' if commit else ''}{', edited' * changed}",
+        "record": record,
+        "name": record.notebook,
+        "page": f"{record.notebook}.html" if (reports / f"{record.notebook}.html").is_file() else "",
+        "answer": inline(out / "answers" / f"{record.notebook}.md"),
+        "figures": [
+            {
+                "name": name_of(stem, "Figure S"),
+                "picture": link(out / f"{stem}.png", reports),
+                "alt": description(out / f"{stem}.png"),
+                "files": files[stem],
+            }
+            for stem in stems
+            if stem in pictured
+        ],
+        "tables": [(name_of(stem), files[stem]) for stem in stems if stem not in pictured],
+    }
+
+
+def inline(file: Path) -> str:
+    """A Markdown paragraph as safe HTML: strong, code and formulas are all the markup there is."""
+    if not file.is_file():
+        return ""
+    text = html.escape(file.read_text(encoding="utf-8").strip(), quote=False)
+    text = re.sub(r"\$([^$]+)\$", lambda found: mathml(html.unescape(found[1]), display=False), text)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+
+
+def name_of(stem: str, own: str = "Table S") -> str:
+    """`T4a` -> `Table 4a`, `F2` -> `Figure 2`, `S1` -> `Table S1`; other names as words."""
+    match = re.fullmatch(r"([TFS])(\d+[a-z]?)(_wide)?", stem)
+    if not match:
+        return stem.removeprefix("S_").replace("_", " ")
+    kind, number, wide = match.groups()
+    return f"{own if kind == 'S' else KINDS[kind]}{number}{', wide' if wide else ''}"
+
+
+def facts(last: Path) -> dict[str, str]:
+    """What was run with."""
+    import psutil
+    import torch
+
+    try:
+        seconds = f"{json.loads(last.read_text(encoding='utf-8'))['seconds']} s"
+    except (OSError, ValueError, KeyError, TypeError):
+        seconds = "unknown"
+    memory = psutil.virtual_memory().total / 2**30
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "Last run in which notebooks ran": seconds,
+        "lt_core": f"{_version('lt_core')}, commit {code_version()}",
         "Python": platform.python_version(),
         "PyTorch": _version("torch"),
-        "Processor": f"{_processor()}, {os.cpu_count()} cores",
-        "Memory": _memory(),
-        "GPU": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").replace("\n", ", ")
-        or "none",
+        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB",
+        "GPU": ", ".join(gpus) or "none",
     }
 
 
@@ -350,28 +413,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "from the checkout"
-
-
-def _output(*command: str) -> str:
-    """What a command prints; empty when it is missing or fails."""
-    if not shutil.which(command[0]):
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
-def _memory() -> str:
-    import psutil
-
-    return f"{psutil.virtual_memory().total / 2**30:.0f} GiB"

@@ -1,9 +1,10 @@
-"""The one training loop: CPU, one GPU, or many processes under torchrun (paper, App. A).
+"""The two training loops: `fit` for images (CPU, GPU, processes under torchrun), `fit_head` for features.
 
-Everything random is a function of (seed, epoch, step), and the checkpoint holds all the rest, so a run
+Everything random is a function of (seed, epoch, step), and a checkpoint of `fit` holds all the rest, so a run
 that is killed at any moment and started again ends with the same weights as one left alone.
 
     history = fit(model, data, recipe, "square_root", loss, seed=0, run=folder)
+    history = fit_head(CosineClassifier(F, N), features, labels, loss, "square_root", learning_rate=0.1)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import io
 import json
+import logging
 import math
 import os
 import signal
@@ -30,20 +32,20 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lt_core import paths
-from lt_core.augmentation import augment, resize, to_pixels
-from lt_core.datasets import Dataset, Split
-from lt_core.errors import CacheError, InputError, TrainingError, first_line
-from lt_core.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
+from lt_core.checks import CacheError, InputError, TrainingError, first_line
+from lt_core.data.augmentation import augment, resize, to_pixels
+from lt_core.data.datasets import Dataset, Split
+from lt_core.data.distributed import synchronise_batch_norms
+from lt_core.data.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
+from lt_core.data.profiles import Recipe
 from lt_core.losses import Loss
-from lt_core.models import ContrastiveHead, Model, partners
-from lt_core.profiles import Recipe
+from lt_core.models import ContrastiveHead, Model, positives
 from lt_core.samplers import epoch_batches
-from lt_core.sync_batch_norm import synchronise_batch_norms
 
 SAVE_EVERY = 60  # seconds between checkpoints within an epoch
 PATIENCE = timedelta(hours=1)  # of processes that wait for the first one to write a cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- where it runs
@@ -53,7 +55,7 @@ Say = Callable[[str], None]
 class Machine:
     """Device and precision, chosen once, and this process's place among the others.
 
-    The last four change speed and memory, and results by rounding alone (with `micro_batch`, also the images
+    The last three change speed and memory, and results by rounding alone (with `micro_batch`, also the images
     that a batch norm averages over).
     """
 
@@ -63,39 +65,38 @@ class Machine:
     rank: int = 0
     world_size: int = 1
     workers: int = 0  # processes of this process that decode image files; 0: it does so itself
-    decodes_on_device: bool = False  # JPEG files
     micro_batch: int = 0  # images whose gradient is taken at once, summed to that of the batch; 0: all
     compiles: bool = False  # with torch.compile
 
 
-def this_machine(workers: int | None = None, **options: int | bool) -> Machine:
+def this_machine(workers: int | None = None, micro_batch: int = 0, compiles: bool = False) -> Machine:
     """A GPU with bfloat16 where there is one, else the CPU in float32; joins torchrun's process group.
 
-    workers: None for all cores, shared by the processes of this computer; options: other fields of `Machine`.
+    workers: None for all cores, shared by the processes of this computer; the others are fields of `Machine`.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if min(workers or 0, micro_batch) < 0:
+        raise InputError("--workers and --micro-batch must be 0 or above")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    if min(workers or 0, options.get("micro_batch", 0)) < 0:
-        raise InputError("--workers and --micro-batch must be 0 or above")
+    rank = dist.get_rank() if world_size > 1 else 0
     if workers is None:
         workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cuda else 0
-    rank = dist.get_rank() if world_size > 1 else 0
-    if not cuda:
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches are of one size
+        text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
+    else:
+        device = torch.device("cpu")
         keep_freed_memory()
         text = f"CPU, {torch.get_num_threads()} threads, float32 (no GPU found)"
-        place = (rank, world_size, workers)
-        return Machine(torch.device("cpu"), contextlib.nullcontext, text, *place, **options)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # all batches are of one size
 
     def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast("cuda", torch.bfloat16)
+        return torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
 
-    text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
-    return Machine(device, autocast, text, rank, world_size, workers, **options)
+    return Machine(device, autocast, text, rank, world_size, workers, micro_batch, compiles)
 
 
 def keep_freed_memory() -> None:
@@ -121,12 +122,12 @@ def lr_at(step: int, total: int, warmup: int = 0) -> float:
 
 
 def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with two learning rates, the backbone's and that of all else; a frozen one gets no gradient."""
+    """SGD with two learning rates (paper, App. A): the backbone's and that of all else."""
     rest = [weight for name, weight in model.named_parameters() if not name.startswith("backbone.")]
-    groups = [{"params": rest, "peak": recipe.classifier_learning_rate}]
-    model.backbone.requires_grad_(not recipe.frozen)
-    if not recipe.frozen:
-        groups.append({"params": list(model.backbone.parameters()), "peak": recipe.learning_rate})
+    groups = [
+        {"params": rest, "peak": recipe.classifier_learning_rate},
+        {"params": list(model.backbone.parameters()), "peak": recipe.learning_rate},
+    ]
     return torch.optim.SGD(
         groups,
         lr=recipe.classifier_learning_rate,
@@ -140,6 +141,9 @@ def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
 def step_generator(*key: int) -> torch.Generator:
     """The random choices of one step: an independent stream for each (seed, epoch, step, rank)."""
     return torch.Generator().manual_seed(seed_of(*key))
+
+
+# ---------------------------------------------------------------- pixels in, features out
 
 
 def training_pixels(
@@ -166,26 +170,19 @@ def training_pixels(
         yield resize(pixels, recipe.input_size)
 
 
-# ---------------------------------------------------------------- evaluation
-
-
-def plain_pixels(images: Tensor | ImageFiles, input_size: int, machine: Machine) -> Iterator[Tensor]:
-    """Batches of pixels [B, C, H, W] of all images in order, without augmentation."""
-    if isinstance(images, ImageFiles):
-        yield from evaluation_batches(images, input_size, machine)
-        return
-    batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
-    for chunk in images.split(batch):
-        yield resize(to_pixels(chunk.to(machine.device)), input_size)
-
-
 @torch.inference_mode()
 def feature_batches(
     backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine
 ) -> Iterator[Tensor]:
     """Features [B, F] (float32, on the CPU) of all images in order, without augmentation."""
     backbone.eval()
-    for pixels in plain_pixels(images, input_size, machine):
+    if isinstance(images, ImageFiles):
+        loader = evaluation_batches(images, input_size, machine)
+    else:
+        batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
+        chunks = images.split(batch)
+        loader = (resize(to_pixels(chunk.to(machine.device)), input_size) for chunk in chunks)
+    for pixels in loader:
         with machine.autocast():
             features = backbone(pixels)
         yield features.float().cpu()
@@ -222,6 +219,7 @@ def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> f
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint (tensors and plain values) whole or not at all."""
     content = io.BytesIO()
     torch.save(state, content)
     with paths.atomic(path) as temporary:
@@ -246,7 +244,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
 
 
-# ---------------------------------------------------------------- the loop
+def resume(path: Path, state: dict[str, Any], model: Model, optimiser: torch.optim.SGD) -> None:
+    """Fill `state`, model and optimiser from a checkpoint; raises CacheError unless it is of the same run."""
+    saved = load_checkpoint(path)
+    if saved.keys() != state.keys() | {"model", "optimiser"} or saved["seed"] != state["seed"]:
+        raise CacheError(f"{path} is of another run: delete it to start again")
+    try:
+        model.load_state_dict(saved.pop("model"))
+        optimiser.load_state_dict(saved.pop("optimiser"))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"{path} does not fit this network ({first_line(error)}): delete it to start again"
+        ) from None
+    state |= saved
 
 
 @contextlib.contextmanager
@@ -269,6 +279,9 @@ def sigterm_noted() -> Iterator[threading.Event]:
         raise KeyboardInterrupt
 
 
+# ---------------------------------------------------------------- the loop for images
+
+
 def fit(
     model: Model,
     data: Dataset,
@@ -276,22 +289,21 @@ def fit(
     sampler: str,
     loss: Loss,
     seed: int,
-    run: Path | None,
+    run: Path,
     machine: Machine | None = None,
-    say: Say = print,
 ) -> list[dict[str, float]]:
     """Train `model` in place; returns the history, one entry an epoch (loss, accuracies in percent).
 
     With a `ContrastiveHead` in place of the classifier, a step sees two views of each image and the target of
-    a view is its partner (SimCLR); negatives come from this process's share of the batch.
+    a view is the other one (SimCLR); negatives come from this process's share of the batch.
     Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
-    Without a `run` (and then without validation data) nothing is kept but the model.
     SIGTERM ends it with a checkpoint after the step (KeyboardInterrupt). With several processes, batch norms
     average over the whole batch and the learning rate is that of one process, so results are the same.
     Raises TrainingError when the loss is not finite.
     """
+    # Set-up: everything on the device; images in memory lie there, files are read by workers.
     machine = machine or this_machine()
-    keeps = machine.rank == 0 and run is not None
+    is_main_process = machine.rank == 0
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1
     micro_batch = 0 if contrastive else machine.micro_batch  # SimCLR's images need each other
@@ -304,152 +316,141 @@ def fit(
     model.to(machine.device, memory_format=torch.channels_last)
     loss.to(machine.device)
     optimiser = build_optimiser(model, recipe)
-    network = model
-    if machine.world_size > 1:
-        network = nn.parallel.DistributedDataParallel(model)
+    network = model if machine.world_size == 1 else nn.parallel.DistributedDataParallel(model)
     if machine.compiles:
         network = torch.compile(network)
 
+    # Resume: where the run stands, what this epoch has summed up so far, and what came before.
     state: dict[str, Any] = {
         "seed": seed,
         "epoch": 0,
         "step": 0,
         "loss": 0.0,
-        "right": 0,
+        "correct": 0,
         "seconds": 0.0,
         "history": [],
     }
-    if run is not None and (run / "last.pt").exists():
-        _resume(run / "last.pt", state, model, optimiser)
-        say(f"resuming at epoch {state['epoch'] + 1}, step {state['step']}")
+    if (run / "last.pt").exists():
+        resume(run / "last.pt", state, model, optimiser)
+        log.info("resuming at epoch %d, step %d", state["epoch"] + 1, state["step"])
+    started = time.monotonic()
 
     def save() -> None:
-        if keeps:
+        """Write last.pt; the seconds since the last time are added to those of the run."""
+        nonlocal started
+        if is_main_process:
             state["seconds"] += time.monotonic() - started
-            save_checkpoint(
-                run / "last.pt", state | {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            )
+            parts = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            save_checkpoint(run / "last.pt", state | parts)
+        started = time.monotonic()
 
-    started = time.monotonic()
     steps = len(train) // recipe.batch_size
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
     with sigterm_noted() as preempted:
         while state["epoch"] < recipe.epochs:
+            # Epoch: its batches and their order are a function of (seed, epoch) alone.
             epoch = state["epoch"]
             batches = epoch_batches(
                 sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
             )
-            running_loss = torch.tensor(state["loss"], device=machine.device, dtype=torch.float64)
-            right = torch.tensor(state["right"], device=machine.device, dtype=torch.float64)
+            sums = torch.tensor([state["loss"], state["correct"]], device=machine.device, dtype=torch.float64)
             model.train()
-            if recipe.frozen:
-                model.backbone.eval()
             loss.begin_epoch(epoch / recipe.epochs)
             model.begin_epoch(epoch / recipe.epochs)
-            supply = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
-            for step, pixels in enumerate(supply, start=state["step"]):
+            loader = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
+            for step, pixels in enumerate(loader, start=state["step"]):
+                # Step: learning rates, gradient, weights.
                 for group in optimiser.param_groups:
                     group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
-                target = partners(len(pixels), machine.device) if contrastive else labels[batches[step]]
-                value, correct = _accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
+                target = positives(len(pixels), machine.device) if contrastive else labels[batches[step]]
+                sums += accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
                 optimiser.step()
                 optimiser.zero_grad()
-                running_loss += value
-                right += correct
 
-                stopping = preempted.is_set() and keeps
+                # Save within the epoch: once a minute, and before a scheduler ends the process.
+                stopping = preempted.is_set() and is_main_process
                 if stopping or time.monotonic() - started > SAVE_EVERY:
-                    state |= {"step": step + 1, "loss": running_loss.item(), "right": right.item()}
+                    state |= {"step": step + 1, "loss": sums[0].item(), "correct": sums[1].item()}
                     save()
-                    started = time.monotonic()
                 if stopping:
-                    say(f"SIGTERM: stopped in epoch {epoch + 1}, step {step + 1}; the same command resumes")
+                    log.info(
+                        "SIGTERM: stopped in epoch %d, step %d; the same command resumes", epoch + 1, step + 1
+                    )
                     raise KeyboardInterrupt
 
+            # Evaluate: validation data choose nothing but best.pt, which is stated beside the last epoch.
             entry = {
                 "epoch": epoch + 1,
-                "loss": running_loss.item() / steps,
-                "train_accuracy": 100 * right.item() / (steps * recipe.batch_size * views),
+                "loss": sums[0].item() / steps,
+                "train_accuracy": 100 * sums[1].item() / (steps * recipe.batch_size * views),
             }
             if not math.isfinite(entry["loss"]):
                 raise TrainingError(
                     f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate"
                 )
-            if run is not None:
-                entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
-                best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
-                if keeps and entry["val_accuracy"] > best:
-                    now = {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
-                    save_checkpoint(run / "best.pt", now)
-            state["history"] = [*state["history"], entry]
-            state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "right": 0}
-            save()
-            if keeps:
-                _log(run, state["history"])
-                passed = state["seconds"]
-                left = passed / (epoch + 1) * (recipe.epochs - epoch - 1)
-                say(
-                    f"epoch {epoch + 1}/{recipe.epochs}  loss {entry['loss']:.3f}  "
-                    f"train {entry['train_accuracy']:.1f} %  val {entry['val_accuracy']:.1f} %  "
-                    f"{(epoch + 1) * steps * recipe.batch_size / passed:.0f} images/s  {left:.0f} s left"
+            entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
+            best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
+            if is_main_process and entry["val_accuracy"] > best:
+                save_checkpoint(
+                    run / "best.pt", {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
                 )
-            started = time.monotonic()
+
+            # Save and log.
+            state["history"] = [*state["history"], entry]
+            state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "correct": 0}
+            save()
+            if is_main_process:
+                write_history(run, state["history"])
+                log.info("%s", progress_line(entry, recipe, steps, state["seconds"]))
         if machine.world_size > 1:
             dist.barrier()
     return state["history"]
 
 
-def _resume(path: Path, state: dict[str, Any], model: Model, optimiser: torch.optim.SGD) -> None:
-    """Fill `state`, model and optimiser from a checkpoint; raises CacheError unless it is of the same run."""
-    saved = load_checkpoint(path)
-    if saved.keys() != state.keys() | {"model", "optimiser"} or saved["seed"] != state["seed"]:
-        raise CacheError(f"{path} is of another run: delete it to start again")
-    try:
-        model.load_state_dict(saved.pop("model"))
-        optimiser.load_state_dict(saved.pop("optimiser"))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{path} does not fit this network ({first_line(error)}): delete it to start again"
-        ) from None
-    state |= saved
-
-
-def _accumulate_gradient(
+def accumulate_gradient(
     network: nn.Module, loss: Loss, pixels: Tensor, target: Tensor, size: int, machine: Machine
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Add the gradient of one step, taken in parts of `size` images (0: all at once).
 
-    Returns the loss and the number of right predictions, both over all processes. Losses that look at the
-    batch as a whole (LADE, RSG) see parts as batches.
+    Returns the loss and the number of correct predictions [2], both over all processes. Losses that look at
+    the batch as a whole (LADE, RSG) see parts as batches.
     """
     size = size or len(pixels)
     parts = list(zip(pixels.split(size), target.split(size), strict=True))
-    total, right = torch.zeros(2, dtype=torch.float64, device=pixels.device)
-    for number, (part, wanted) in enumerate(parts, start=1):
+    sums = torch.zeros(2, dtype=torch.float64, device=pixels.device)
+    for number, (part, part_target) in enumerate(parts, start=1):
         waits = machine.world_size > 1 and number < len(parts)  # processes exchange the last sum alone
         with network.no_sync() if waits else contextlib.nullcontext():
             with machine.autocast():
-                logits, wanted, further = network(part, wanted)
-            value = (loss(logits.float(), wanted) + further) * (len(part) / len(pixels))
+                logits, wanted, extra_loss = network(part, part_target)
+            value = (loss(logits.float(), wanted) + extra_loss) * (len(part) / len(pixels))
             value.backward()
-        total += value.detach()
-        right += (logits.detach().argmax(1) == wanted)[: len(part)].sum()
+        sums[0] += value.detach() / machine.world_size
+        sums[1] += (logits.detach().argmax(1) == wanted)[: len(part)].sum()
     if machine.world_size > 1:
-        seen = torch.stack([total / machine.world_size, right])
-        dist.all_reduce(seen)
-        total, right = seen
-    return total, right
+        dist.all_reduce(sums)
+    return sums
 
 
-def _log(run: Path, history: list[dict[str, float]]) -> None:
+def progress_line(entry: dict[str, float], recipe: Recipe, steps: int, seconds: float) -> str:
+    """One line of progress for an epoch; seconds: of the whole run so far."""
+    epoch = entry["epoch"]
+    return (
+        f"epoch {epoch}/{recipe.epochs}  loss {entry['loss']:.3f}  train {entry['train_accuracy']:.1f} %  "
+        f"val {entry['val_accuracy']:.1f} %  {epoch * steps * recipe.batch_size / seconds:.0f} images/s  "
+        f"{seconds / epoch * (recipe.epochs - epoch):.0f} s left"
+    )
+
+
+def write_history(run: Path, history: list[dict[str, float]]) -> None:
     """The history as one JSON line an epoch, and for TensorBoard."""
     with paths.atomic(run / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
     with paths.atomic(run / "tensorboard" / "events.out.tfevents.history") as temporary:
-        temporary.write_bytes(_tensorboard_events(history))
+        temporary.write_bytes(tensorboard_events(history))
 
 
-def _tensorboard_events(history: list[dict[str, float]]) -> bytes:
+def tensorboard_events(history: list[dict[str, float]]) -> bytes:
     """The content of an event file. TensorBoard's own writer is a thread that does not report a full disk."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -462,3 +463,63 @@ def _tensorboard_events(history: list[dict[str, float]]) -> bytes:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in entry.items()]
         writer.write(Event(step=entry["epoch"], summary=Summary(value=values)).SerializeToString())
     return content.getvalue()
+
+
+# ---------------------------------------------------------------- the loop for features
+
+
+def fit_head(
+    head: nn.Module,
+    features: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    sampler: str,
+    learning_rate: float,
+    epochs: int = 10,
+    batch_size: int = 256,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    seed: int = 0,
+    val: tuple[Tensor, Tensor] | None = None,
+    best: dict[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Train a head (features [B, F] -> logits [B, N]) in place: SGD, cosine decay to 0; returns the history.
+
+    features [M, F], labels [M]; val: the same of the validation images, whose accuracy (percent) the history
+    then states; best: filled with the `epoch` and the `state` of the head that was best on them.
+    Parameters without gradient stay as they are. Deterministic in its arguments, whatever the global random
+    state. Raises TrainingError when the loss is not finite.
+    """
+    steps = len(labels) // batch_size
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    optimiser = torch.optim.SGD(weights, learning_rate, momentum, weight_decay=weight_decay)
+    history: list[dict[str, float]] = []
+    for epoch in range(epochs):
+        head.train()
+        loss.begin_epoch(epoch / epochs)
+        sums = torch.zeros(2, dtype=torch.float64, device=features.device)
+        for step, rows in enumerate(epoch_batches(sampler, labels, batch_size, seed, epoch)):
+            optimiser.param_groups[0]["lr"] = learning_rate * lr_at(epoch * steps + step, steps * epochs)
+            logits = head(features[rows])
+            value = loss(logits, labels[rows])
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            sums += torch.stack([value.detach().double(), (logits.argmax(1) == labels[rows]).sum()])
+        if not math.isfinite(sums[0].item()):
+            raise TrainingError(f"the loss is {sums[0].item()} at learning rate {learning_rate}: lower it")
+        head.eval()
+        entry = {
+            "epoch": epoch + 1,
+            "loss": sums[0].item() / steps,
+            "train_accuracy": 100 * sums[1].item() / (steps * batch_size),
+        }
+        if val is not None:
+            with torch.no_grad():
+                entry["val_accuracy"] = 100 * (head(val[0]).argmax(1) == val[1]).double().mean().item()
+            highest = max((past["val_accuracy"] for past in history), default=-1.0)
+            if best is not None and entry["val_accuracy"] > highest:
+                state = {name: value.clone() for name, value in head.state_dict().items()}
+                best |= {"epoch": epoch + 1, "state": state}
+        history.append(entry)
+    return history

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lt_core.official import OFFICIAL, official_counts
-from lt_core.wordnet import corpus
+from lt_core.data.official import OFFICIAL, official_counts
+from lt_core.data.wordnet import corpus
 
 MANY, MEDIUM = (5, 130), (15, 40)  # so many of the largest classes keep so many training images
 

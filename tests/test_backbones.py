@@ -1,33 +1,29 @@
 """Backbones end to end on digits: train, cache, resume, extract, and every refusal."""
 
+import logging
 import shutil
+import signal
 from functools import partial
 
 import pytest
 import torch
 
-from lt_core import backbones, paths
-from lt_core.backbones import (
-    cache_folder,
-    ensure,
-    extract_command,
-    load,
-    load_seeds,
-    seeds_shown,
-    train_command,
-)
-from lt_core.errors import CacheError, DataError, InputError, ProfileError, TrainingError
-from lt_core.features import META, TENSORS, load_cache
-from lt_core.methods import learned, predict
+from lt_core import backbones, cli, paths
+from lt_core.backbones import cache_folder, ensure, load, load_seeds, seeds_shown
+from lt_core.cache import META, TENSORS, load_cache, own_classifier
+from lt_core.checks import CacheError, ProfileError, TrainingError
+from lt_core.classifiers import predict
+from lt_core.data.datasets import load_dataset
+from lt_core.data.profiles import Recipe, load_profile
 from lt_core.metrics import group_accuracy
 from lt_core.models import build_backbone
-from lt_core.profiles import Recipe, load_profile
-from lt_core.report import training_summary
+from lt_core.train import extract_features, load_checkpoint, this_machine
 from lt_core.transfer import prototypes
 
 
-def quiet(line: str) -> None:
-    """Progress that nobody reads."""
+def run(command: str, profile: str, backbone: str, *words: object) -> int:
+    """Exit status of `python -m lt_core COMMAND --profile PROFILE --backbone BACKBONE WORDS`."""
+    return cli.main([command, "--profile", profile, "--backbone", backbone, *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +33,19 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LT_OUTPUT_ROOT", str(root))
         for name in load_profile("digits").backbones:
-            ensure("digits", name, 0, progress=quiet)
+            ensure("digits", name, 0)
     return root
 
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, monkeypatch):
+    """Outputs go to tmp_path, and what the command line changes in its process is put back."""
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+    log, sigterm = logging.getLogger("lt_core"), signal.getsignal(signal.SIGTERM)
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(log, name, getattr(log, name))
+    yield
+    signal.signal(signal.SIGTERM, sigterm)
 
 
 @pytest.fixture
@@ -65,8 +67,8 @@ def test_training_writes_a_cache_with_its_provenance(digits):
 
 def test_the_cache_gives_the_accuracies_that_it_states(digits):
     cache = load("digits", "sqrt")
-    for method, name in (("cosine", "classifier"), ("prototypes", "prototypes")):
-        found = group_accuracy(predict(cache, method), cache.labels("test"), cache.counts)
+    for classifier, name in (("cosine", "classifier"), ("prototypes", "prototypes")):
+        found = group_accuracy(predict(cache, classifier), cache.labels("test"), cache.counts)
         assert found == pytest.approx(cache.meta["accuracies"]["last"]["test"][name], abs=1)
 
 
@@ -97,58 +99,66 @@ def test_continual_leaves_few_shot_classes_out(digits):
     assert stated["few"] is None and stated["total"] is None and stated["many"] > 80
 
 
-def test_frozen_backbone_starts_from_the_pretraining(digits):
+def test_a_frozen_backbone_keeps_the_weights_of_its_pretraining(digits):
+    """Only the head is trained: the features are those of the pre-training, batch norms' means included."""
     cache = load("digits", "imagenet_frozen")
+    assert cache.meta["start"] == "supervised"
+    assert cache.meta["accuracies"]["last"]["test"]["classifier"]["total"] > 60
+    (weights,) = (paths.runs() / "letters" / "supervised").glob("seed0-*/backbone.pt")
+    network = build_backbone("digits_net")
+    network.load_state_dict(load_checkpoint(weights)["backbone"])
+    features = extract_features(network, load_dataset("digits").splits["test"].images, 0, this_machine())
+    stored = cache.features("test")
+    assert ((stored - features).abs().amax(1) <= features.abs().amax(1) / 250).all()  # int8
+    best = cache.meta["history"][cache.meta["epoch_of_best"] - 1]["val_accuracy"]
+    assert best == max(entry["val_accuracy"] for entry in cache.meta["history"])
+
+
+def test_seeds_that_are_shown(digits, capsys):
+    """All of the profile, or the one that is asked for, where it is there or can be trained."""
+    assert [cache.meta["seed"] for cache in load_seeds("digits", "sqrt")] == [0]
+    assert seeds_shown("digits", "sqrt", 9) == [9]
     assert (
-        cache.meta["start"] == "supervised"
-        and cache.meta["accuracies"]["last"]["test"]["classifier"]["total"] > 60
+        seeds_shown("embedded", "imagenet_frozen") == EMBEDDED.backbone("imagenet_frozen").seeds == [0, 1, 2]
     )
-    assert list((paths.runs() / "letters" / "supervised").glob("seed0-*/backbone.pt"))
-
-
-def test_seeds_of_the_profile(digits):
-    assert [cache.meta["seed"] for cache in load_seeds("digits", "sqrt", 0)] == [0]
-    assert seeds_shown("embedded", "imagenet_frozen", 0) == EMBEDDED.backbone("imagenet_frozen").seeds
-    assert seeds_shown("embedded", "imagenet_frozen", 9) == [9]
+    assert seeds_shown("embedded", "imagenet_frozen", 2) == [2] and not capsys.readouterr().out
+    assert seeds_shown("embedded", "imagenet_frozen", 9) == [0]
+    assert capsys.readouterr().out == "imagenet_frozen: there is no seed 9 here, seed 0 is shown\n"
 
 
 def test_a_second_call_trains_nothing(digits, monkeypatch):
     monkeypatch.setattr(backbones, "train_backbone", None)
-    assert ensure("digits", "sqrt", 0, progress=quiet) == cache_folder("digits", "sqrt", 0)
+    assert ensure("digits", "sqrt", 0) == cache_folder("digits", "sqrt", 0)
 
 
-def test_the_training_summary_is_what_the_caches_state(digits):
-    frame = training_summary("digits", ["sqrt", "continual"]).set_index("backbone")
-    meta = load("digits", "sqrt").meta
-    stated = meta["accuracies"]["last"]["test"]
-    assert frame.loc["sqrt", "test_few"] == stated["classifier"]["few"]
-    assert frame.loc["sqrt", "prototypes_total"] == stated["prototypes"]["total"]
-    assert frame.loc["sqrt", "val"] == round(meta["history"][-1]["val_accuracy"], 2)
-    assert frame["test_total"].isna().to_dict() == {"sqrt": False, "continual": True}
-    assert 0.05 < frame.loc["sqrt", "megabytes"] < 0.2 and frame.loc["sqrt", "minutes"] > 0
+def test_the_line_about_a_cache_has_its_accuracies(digits):
+    stated = load("digits", "continual").meta["accuracies"]["last"]["test"]
+    many, total = stated["classifier"]["many"], stated["prototypes"]["total"]
+    line = backbones.summary_line(cache_folder("digits", "continual", 0))
+    assert line.startswith(f"test, many / medium / few / total: classifier {many:.1f} / ")
+    assert " / - / -, prototypes " in line and line.endswith(f" / {total:.1f}")
 
 
-def test_extract_gives_the_same_cache(digits, tmp_path):
-    run = next((paths.runs() / "digits" / "sqrt").glob("seed0-*"))
-    extract_command("digits", "sqrt", str(run / "last.pt"), str(tmp_path / "again"))
+def test_extract_gives_the_same_cache(digits, tmp_path, capsys):
+    (last,) = (paths.runs() / "digits" / "sqrt").glob("seed0-*/last.pt")
+    assert run("extract", "digits", "sqrt", "--checkpoint", last, "--out", tmp_path / "again") == 0
     one, two = load("digits", "sqrt"), load_cache(tmp_path / "again")
     assert torch.equal(one.features("test"), two.features("test")) and torch.equal(one.weights, two.weights)
-    with pytest.raises(CacheError, match="is not a checkpoint of digits/continual"):
-        extract_command("digits", "continual", str(run / "last.pt"), str(tmp_path / "other"))
+    assert run("extract", "digits", "continual", "--checkpoint", last, "--out", tmp_path / "other") == 2
+    assert "is not a checkpoint of digits/continual" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
 def test_train_all_skips_what_is_done(digits, capsys):
-    train_command("digits", "all")
+    assert run("train", "digits", "all") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(load_profile("digits").backbones) and all(
-        "done already" in line for line in lines
-    )
+    assert len(lines) == len(load_profile("digits").backbones)
+    assert all("done already" in line for line in lines)
 
 
-def test_train_goes_where_it_is_told(trained, tmp_path, monkeypatch, capsys):
+def test_train_goes_where_it_is_told(trained, tmp_path, capsys):
     shutil.copytree(trained / "runs", tmp_path / "runs")  # finished runs: only extraction is left to do
-    train_command("digits", "sqrt", seed=0, out=str(tmp_path / "elsewhere"))
+    assert run("train", "digits", "sqrt", "--seed", 0, "--out", tmp_path / "elsewhere") == 0
     assert "resuming at epoch 31" in capsys.readouterr().out
     again = load_cache(tmp_path / "elsewhere" / "digits" / "sqrt" / "seed0")
     whole = load_cache(trained / "caches" / "digits" / "sqrt" / "seed0")
@@ -169,7 +179,7 @@ def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
     assert cache_folder("small", "sqrt", 0) == tmp_path / "caches" / "tiny_imagenet_lt" / "sqrt" / "seed0"
 
 
-def test_refusals():
+def test_unknown_names_list_the_known_ones():
     with pytest.raises(
         ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, paper, small"
     ):
@@ -178,16 +188,26 @@ def test_refusals():
         ProfileError, match="profile digits: unknown backbone 'resnet': choose one of balanced_softmax"
     ):
         load("digits", "resnet")
-    with pytest.raises(InputError, match="--seed must be 0 or above, found -1"):
-        train_command("digits", "sqrt", seed=-1)
-    with pytest.raises(CacheError, match="there is no checkpoint none.pt"):
-        extract_command("digits", "sqrt", "none.pt", "out")
-    with pytest.raises(DataError, match="`small` trains what it ships"):
-        train_command("embedded", "sqrt")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "digits", "sqrt", "--seed", -1), "--seed must be 0 or above, found -1"),
+        (("train", "embedded", "sqrt"), "`small` trains what it ships"),
+        (
+            ("extract", "digits", "sqrt", "--checkpoint", "none.pt", "--out", "out"),
+            "there is no checkpoint none.pt",
+        ),
+    ],
+)
+def test_refusals_of_the_command_line(words, message, capsys):
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_at_chance_is_refused(tmp_path):
-    job = backbones.prepare(load_profile("digits"), "sqrt", 0, say=quiet)
+    job = backbones.prepare(load_profile("digits"), "sqrt", 0)
     torch.nn.init.ones_(job.model.classifier.weight)  # all classes look alike: always class 0
     with pytest.raises(TrainingError, match="nothing was learned, so nothing is kept"):
         backbones.write_cache(job, tmp_path / "cache")
@@ -214,7 +234,8 @@ def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
     assert (meta["backbone"], meta["seed"], meta["sampler"], meta["loss"], meta["start"]) == (
         *(backbone, seed, declared.sampler, declared.loss, declared.start),
     )
-    found = group_accuracy(predict(cache, learned(cache)), cache.labels("test"), cache.counts)
+    logits = own_classifier(cache)(cache.features("test")).masked_fill(~cache.trained, -torch.inf)
+    found = group_accuracy(logits.argmax(1), cache.labels("test"), cache.counts)
     stated = meta["accuracies"]["last"]["test"]["classifier"]
     assert found["many"] == pytest.approx(stated["many"], abs=0.5)  # int8 against float32
 
@@ -235,8 +256,8 @@ def test_seeds_of_a_frozen_backbone_store_their_features_once(tmp_path, monkeypa
     digits = load_profile("digits")
     several = digits.backbone("imagenet_frozen").model_copy(update={"seeds": [0, 1]})
     profile = digits.model_copy(update={"backbones": digits.backbones | {"imagenet_frozen": several}})
-    monkeypatch.setattr(backbones, "_refuse_chance", lambda *a: None)  # nothing is trained
-    monkeypatch.setattr(backbones, "_start", lambda *a: None)
+    monkeypatch.setattr(backbones, "refuse_chance", lambda *a: None)  # nothing is trained
+    monkeypatch.setattr(backbones, "start_weights", lambda *a: None)
 
     def built(name: str, weights: int) -> torch.nn.Module:
         with torch.random.fork_rng():
@@ -245,16 +266,17 @@ def test_seeds_of_a_frozen_backbone_store_their_features_once(tmp_path, monkeypa
 
     for seed, weights in ((0, 0), (1, 0), (2, 2)):  # the first two start from the same weights
         monkeypatch.setattr(backbones, "build_backbone", partial(built, weights=weights))
-        job = backbones.prepare(profile, "imagenet_frozen", seed, say=quiet)
+        job = backbones.prepare(profile, "imagenet_frozen", seed)
         backbones.write_cache(job, tmp_path / f"seed{seed}")
     stored = [(tmp_path / f"seed{seed}" / TENSORS).stat().st_size for seed in range(3)]
     assert stored[1] < stored[0] / 4 and stored[2] == stored[0]
     zero, one = load_cache(tmp_path / "seed0"), load_cache(tmp_path / "seed1")
-    assert torch.equal(zero.features("test"), one.features("test")) and set(one.splits) == {"test"}
+    assert set(one.splits) == set(zero.splits) == {"train", "val", "test"}
+    assert torch.equal(zero.features("test"), one.features("test"))
 
 
 def test_pretraining_at_chance_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "fit", lambda *a, **k: [{"val_accuracy": 5.0}])
     with pytest.raises(TrainingError, match="validation accuracy 5.00 % .* is chance among 26"):
-        backbones.pretrain(load_profile("digits"), "simclr", 0, say=quiet)
+        backbones.pretrain(load_profile("digits"), "simclr", 0)
     assert not list(tmp_path.rglob("backbone.pt"))

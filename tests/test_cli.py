@@ -6,78 +6,64 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import lt_core
-from lt_core import cli, paths, runner
-from lt_core.errors import DataError, LTError, TrainingError
+from lt_core import backbones, cli, paths, runner
+from lt_core.checks import DataError, LTError, TrainingError
+from lt_core.data import datasets
+from lt_core.data.profiles import load_profile
 
-MACHINE = {"workers": None, "decodes_on_device": False, "micro_batch": 0, "compiles": False}
+OPTIONS = {"workers": None, "micro_batch": 0, "compiles": False}
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stand-ins for the modules that do the work; `calls` has what they were asked."""
-    calls: list[tuple[object, ...]] = []
-    fake = SimpleNamespace(
-        calls=calls,
-        train_command=lambda *given: calls.append(("train", *given)),
-        extract_command=lambda *given: calls.append(("extract", *given)),
-        check_data=lambda *given: calls.append(("check", *given)) or ["all", "well"],
-    )
-    for name in ("backbones", "datasets"):
-        monkeypatch.setitem(sys.modules, f"lt_core.{name}", fake)
-        monkeypatch.setattr(lt_core, name, fake, raising=False)
-    return fake
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object, ...]]:
+    """`train` without training; what it was asked for, and a place for its caches."""
+    asked: list[tuple[object, ...]] = []
+
+    def train_backbone(profile, name, seed, data_root, out, options) -> None:
+        asked.append((profile.name, name, seed, data_root, options))
+        folder = out / backbones.cache_place(profile, name, seed)
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text("{}")
+
+    monkeypatch.setattr(backbones, "train_backbone", train_backbone)
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+    return asked
 
 
-def test_train(fakes: SimpleNamespace) -> None:
+def test_train_one(trained: list[tuple[object, ...]]) -> None:
+    words = "train --profile small --backbone sqrt --seed 0 --data-root d --workers 4 --micro-batch 64"
+    assert cli.main(words.split()) == 0
+    assert trained == [("small", "sqrt", 0, Path("d"), OPTIONS | {"workers": 4, "micro_batch": 64})]
+
+
+def test_train_all_goes_on_where_it_stopped(
+    trained: list[tuple[object, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--profile", "digits", "--backbone", "sqrt"]) == 0
     assert cli.main(["train", "--profile", "digits", "--backbone", "all"]) == 0
-    assert (
-        cli.main(
-            [
-                "train",
-                "--profile",
-                "small",
-                "--backbone",
-                "sqrt",
-                "--seed",
-                "0",
-                "--data-root",
-                "d",
-                "--out",
-                "o",
-                "--workers",
-                "4",
-                "--micro-batch",
-                "64",
-            ]
-        )
-        == 0
-    )
-    assert fakes.calls == [
-        ("train", "digits", "all", None, None, None, MACHINE),
-        ("train", "small", "sqrt", 0, Path("d"), Path("o"), MACHINE | {"workers": 4, "micro_batch": 64}),
-    ]
+    names = [name for _, name, *_ in trained]
+    profile = load_profile("digits")
+    assert sorted(names) == sorted(set(profile.backbones) - set(profile.aliases))  # each once
+    assert "sqrt seed 0: done already" in capsys.readouterr().out
 
 
-def test_extract(fakes: SimpleNamespace) -> None:
-    assert (
-        cli.main(
-            ["extract", "--profile", "small", "--backbone", "sqrt", "--checkpoint", "c.pt", "--out", "o"]
-        )
-        == 0
-    )
-    options = {"workers": None, "decodes_on_device": False}
-    assert fakes.calls == [("extract", "small", "sqrt", Path("c.pt"), Path("o"), None, options)]
+def test_train_refuses_a_profile_that_ships_its_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--profile", "embedded", "--backbone", "all"]) == 2
+    assert "ships its caches and trains nothing" in capsys.readouterr().err
 
 
-def test_check_data(fakes: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(datasets, "check_data", lambda *given: [str(one) for one in given])
     assert cli.main(["check-data", "--profile", "small", "--data-root", "d", "--deep"]) == 0
-    assert fakes.calls == [("check", "small", Path("d"), True)]
-    assert capsys.readouterr().out == "all\nwell\n"
+    assert capsys.readouterr().out == "small\nd\nTrue\n"
+
+
+def test_check_data_of_shipped_caches_verifies_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-data", "--profile", "embedded"]) == 0
+    assert "feature caches are there and whole" in capsys.readouterr().out
 
 
 def test_notebooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,7 +74,7 @@ def test_notebooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cli.main(["notebooks"]) == 1
     assert asked == [
         runner.Options("digits", "01", 3, True, tmp_path, 4, ["a=1", "b=2"]),
-        runner.Options("embedded", None, None, False, None, 0, []),
+        runner.Options("embedded", None, None, False, None, None, []),
     ]
 
 
@@ -105,23 +91,28 @@ def test_notebooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_errors_are_one_line(
     error: BaseException,
     status: int,
-    fakes: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+
     def fail(*_: object) -> None:
         raise error
 
-    fakes.train_command = fail
+    monkeypatch.setattr(backbones, "train_backbone", fail)
     assert cli.main(["train", "--profile", "digits", "--backbone", "sqrt"]) == status
     shown = capsys.readouterr().err
     assert shown == ("interrupted\n" if status == 130 else "error: wrong\n")
 
 
-def test_a_bug_keeps_its_traceback(fakes: SimpleNamespace) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    fakes.train_command = fail
+    monkeypatch.setattr(backbones, "train_backbone", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "--profile", "digits", "--backbone", "sqrt"])
 
@@ -141,12 +132,33 @@ def test_unknown_profile_at_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [(), ("train",), ("nonsense",), ("notebooks", "--jobs", "two")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train",),
+        ("nonsense",),
+        ("notebooks", "--jobs", "two"),
+        ("notebooks", "--profil", "digits"),  # an abbreviation must not start anything
+        ("notebooks", "--lis"),
+    ],
+)
 def test_wrong_usage(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(list(words))
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "check-data" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("lt_core ")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,8 +2,8 @@
 
 import io
 import os
+import shutil
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from lt_core import paths
-from lt_core.datasets import (
+from lt_core.checks import DataError, InputError
+from lt_core.data.datasets import (
     ImageSource,
     Listing,
     check_data,
@@ -24,10 +25,10 @@ from lt_core.datasets import (
     long_tail_lists,
     pareto_counts,
     read_list,
+    tiny_imagenet_classes,
     tiny_imagenet_lists,
 )
-from lt_core.errors import DataError, InputError
-from lt_core.groups import group_of
+from lt_core.metrics import group_of
 
 needs_images = pytest.mark.skipif(
     not os.environ.get("LT_DATA_ROOT"), reason="LT_DATA_ROOT names no folder with the image data sets"
@@ -114,35 +115,59 @@ def make_tree(root: Path, per_class: int = 3) -> dict:
     return {"train": records, "val": records[::3], "test": records[::2]}
 
 
-def pack(root: Path, kind: str) -> None:
-    """Replace the folder `pets` by an archive of it."""
-    files = sorted(p for p in (root / "pets").rglob("*") if p.is_file())
-    if kind == "zip":
-        with zipfile.ZipFile(root / "pets.zip", "w") as archive:
-            for file in files:
-                archive.write(file, file.relative_to(root))
-    else:
-        with tarfile.open(root / f"pets.{kind}", "w:gz" if kind == "tar.gz" else "w") as archive:
-            for file in files:
-                archive.add(file, file.relative_to(root).as_posix())
-    (root / "pets").rename(root / "unpacked")
+def pack(root: Path, archive: str, files: slice = slice(None)) -> None:
+    """Move the files `files` of the folder `pets` (in order of name) into an archive."""
+    with tarfile.open(root / archive, "w:gz" if archive.endswith(".gz") else "w") as content:
+        for file in sorted(path for path in (root / "pets").rglob("*.png"))[files]:
+            content.add(file, file.relative_to(root).as_posix())
+            file.unlink()
+    if not list((root / "pets").rglob("*.png")):
+        shutil.rmtree(root / "pets")
 
 
 def pets(root: Path, lists: dict, class_names: tuple = ("a", "b", "c")):
     return decode_listing(Listing("pets", ImageSource(root, "pets"), lists, class_names, size=6))
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
-def test_any_image_tree_becomes_a_data_set(tmp_path, kind):
+@pytest.mark.parametrize(
+    "archives",
+    [
+        {},
+        {"pets.tar": slice(None)},
+        {"pets.tar.gz": slice(None)},
+        {"pets-rest.tar.gz": slice(2, 6), "pets-subset.tar": slice(None)},  # two archives of one data set
+        {"pets-1.tar.gz": slice(0, 5), "pets-2.tar.gz": slice(None)},
+        {"pets-new.tar": slice(1, 4)},  # the rest is unpacked
+    ],
+)
+def test_any_image_tree_becomes_a_data_set(tmp_path, archives):
     lists = make_tree(tmp_path)
-    if kind != "folder":
-        pack(tmp_path, kind)
+    for archive, files in archives.items():
+        pack(tmp_path, archive, files)
     data = pets(tmp_path, lists, ("cat", "dog", "bird"))
     train = data.splits["train"]
     assert train.images.shape == (9, 6, 6, 3) and train.images.dtype == torch.uint8
     assert data.counts.tolist() == [3, 3, 3] and data.class_names == ("cat", "dog", "bird")
     for image, label in zip(train.images, train.labels, strict=True):
         assert image[..., int(label)].min() > 250 and image.float().sum(-1).max() <= 260
+
+
+def test_of_two_copies_of_a_file_the_unpacked_one_is_read(tmp_path):
+    make_tree(tmp_path)
+    pack(tmp_path, "pets.tar")
+    (tmp_path / "pets" / "class 0").mkdir(parents=True)
+    (tmp_path / "pets" / "class 0" / "0.png").write_text("mine")
+    source = ImageSource(tmp_path, "pets")
+    assert source.text("class 0/0.png") == "mine" and len(set(source.names)) == 9
+
+
+def test_the_files_of_an_archive_come_in_its_order_whatever_the_order_asked(tmp_path):
+    make_tree(tmp_path)
+    contents = {file.name: file.read_bytes() for file in (tmp_path / "pets" / "class 2").iterdir()}
+    pack(tmp_path, "pets.tar.gz")
+    found = list(ImageSource(tmp_path, "pets").contents(f"class 2/{i}.png" for i in (2, 0, 1, 2)))
+    assert [name for name, _ in found] == [f"class 2/{i}.png" for i in range(3)]
+    assert [content for _, content in found] == [contents[f"{i}.png"] for i in range(3)]
 
 
 def test_decoded_arrays_are_cached_and_damage_is_repaired(tmp_path):
@@ -157,6 +182,17 @@ def test_decoded_arrays_are_cached_and_damage_is_repaired(tmp_path):
     again = pets(tmp_path, lists)
     for split in first.splits:
         assert torch.equal(first.splits[split].images, again.splits[split].images)
+
+
+@pytest.mark.parametrize("archive", [None, "pets.tar"])
+def test_a_changed_file_is_decoded_again(tmp_path, archive):
+    for colour in ("red", "lime"):
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "pets" / "a.png")
+        if archive:
+            pack(tmp_path, archive)
+        pixels = pets(tmp_path, {"train": [("a.png", 0)]}, ("a",)).splits["train"].images
+        assert pixels[0, 0, 0].tolist() == ([255, 0, 0] if colour == "red" else [0, 255, 0])
 
 
 def test_wrong_trees_are_refused_with_the_name_of_the_file(tmp_path):
@@ -179,7 +215,7 @@ def test_wrong_trees_are_refused_with_the_name_of_the_file(tmp_path):
 
 def test_truncated_archive_is_refused(tmp_path):
     make_tree(tmp_path)
-    pack(tmp_path, "tar")
+    pack(tmp_path, "pets.tar")
     whole = (tmp_path / "pets.tar").read_bytes()
     (tmp_path / "pets.tar").write_bytes(whole[:700])
     with pytest.raises(DataError, match="cannot be read|missing"):
@@ -239,16 +275,11 @@ def test_letters_are_made_the_same_every_time():
 
 @needs_images
 def test_tiny_imagenet_rule_reproduces_the_lists_line_for_line():
+    """On the whole data set, whether it is unpacked or in several archives."""
     root = paths.data_root()
-    wnids = ImageSource(root, "tiny-imagenet-200").read("wnids.txt").decode().split()
-
-    class Full:
-        """The names of the full data set; its other files come from the part at hand."""
-
-        names = frozenset(f"train/{w}/images/{w}_{i}.JPEG" for w in wnids for i in range(500))
-        text = ImageSource(root, "tiny-imagenet-200").text
-
-    made = tiny_imagenet_lists(Full(), wnids)
+    source = ImageSource(root, "tiny-imagenet-200")
+    wnids, _ = tiny_imagenet_classes(source)
+    made = tiny_imagenet_lists(source, wnids)
     for split in ("train", "val", "test", "balanced"):
         assert made[split] == read_list(root / f"TinyImageNet_LT_{split}.txt"), split
 

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from lt_core import EXPECTED_FAILED_CHECKS, CompositionalTransferClassifier
-from lt_core.errors import CacheError, InputError
+from lt_core.checks import CacheError, InputError
 from lt_core.estimator import TENSORS, _sha256
 from lt_core.transfer import continual_classifiers, ensemble_probabilities, hybrid_classifiers, prototypes
 

@@ -15,8 +15,8 @@ import pytest
 from parts import part_counts, write_part
 
 from lt_core import paths
-from lt_core.features import load_cache
-from lt_core.profiles import load_profile
+from lt_core.cache import load_cache
+from lt_core.data.profiles import load_profile
 
 pytestmark = pytest.mark.slow
 

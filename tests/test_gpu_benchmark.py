@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: skipped in words without a GPU; it measures on the CPU with a small network."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lt_core import paths
-from lt_core.profiles import load_profile
+from lt_core.data.profiles import load_profile
 from lt_core.train import this_machine
 
 FILE = paths.ROOT / "benchmarks" / "gpu.py"
@@ -16,7 +17,9 @@ FILE = paths.ROOT / "benchmarks" / "gpu.py"
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the benchmark would run")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "skipped: this measures a GPU, and torch finds none\n"
 
 

@@ -1,23 +1,22 @@
 """Images in files: the same pixels whatever decodes them, and errors that name the file."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lt_core.errors import DataError, InputError
-from lt_core.image_files import (
-    Decoder,
+from lt_core.checks import DataError, InputError
+from lt_core.data.image_files import (
+    Crops,
     ImageFiles,
-    Key,
-    centre_box,
-    decoded_on,
+    central_square,
     evaluation_batches,
     training_batches,
 )
-from lt_core.profiles import Augmentation, Recipe
+from lt_core.data.profiles import Augmentation, Recipe
 from lt_core.samplers import epoch_batches
-from lt_core.train import Machine, this_machine
 
 AUGMENTATION = Augmentation(random_resized_crop=0.08, flip=True, colour_jitter=0.4)
 RECIPE = Recipe(
@@ -28,7 +27,6 @@ RECIPE = Recipe(
     input_size=24,
     augmentation=AUGMENTATION,
 )
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +40,8 @@ def files(tmp_path_factory) -> ImageFiles:
     return ImageFiles(folder, np.array([f"{number}.jpg" for number in range(24)]))
 
 
-def machine(**options: object) -> Machine:
-    return Machine(CPU, this_machine().autocast, "", **options)
+def machine(rank: int = 0, world_size: int = 1, workers: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world_size, workers=workers)
 
 
 def epoch(files: ImageFiles, rank: int = 0, world_size: int = 1, first: int = 0, **options: object) -> list:
@@ -85,24 +83,14 @@ def test_a_test_image_is_its_central_square(files):
     (pixels,) = evaluation_batches(files, 24, machine())
     assert len(pixels) == 24
     with Image.open(files.folder / "3.jpg") as image:
-        top, left, height, width = centre_box(image.size)
+        top, left, height, width = central_square(image.size)
         assert (width, height) == (0.875 * 46, 0.875 * 46)
         corners = (left, top, left + width, top + height)
         expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=corners))
     assert torch.equal(pixels[3].permute(1, 2, 0), torch.from_numpy(expected.copy()).float())
 
 
-def test_decoding_on_the_device_gives_nearly_the_same_pixels(files):
-    """What `--gpu-decode` does, on the CPU: another decoder and resampler, the same boxes."""
-    for one, two in zip(epoch(files), epoch(files, decodes_on_device=True), strict=True):
-        assert (one - two).abs().mean() < 4
-    (one,) = evaluation_batches(files, 24, machine())
-    (two,) = evaluation_batches(files, 24, machine(decodes_on_device=True))
-    assert 0 < (one - two).abs().mean() < 4
-    assert decoded_on.__doc__
-
-
-def test_other_formats_and_colours_are_decoded_by_workers(tmp_path):
+def test_other_formats_and_colours_are_decoded(tmp_path):
     """ImageNet has a PNG and CMYK files under .JPEG names."""
     red = Image.new("RGB", (40, 40), (200, 30, 30))
     red.save(tmp_path / "a.JPEG", "PNG")
@@ -110,11 +98,10 @@ def test_other_formats_and_colours_are_decoded_by_workers(tmp_path):
     red.convert("L").save(tmp_path / "c.JPEG", "JPEG")
     red.save(tmp_path / "d.JPEG", "JPEG", quality=95)
     files = ImageFiles(tmp_path, np.array(["a.JPEG", "b.JPEG", "c.JPEG", "d.JPEG"]))
-    for on_device in (False, True):
-        (pixels,) = evaluation_batches(files, 24, machine(decodes_on_device=on_device))
-        for row in (0, 1, 3):
-            assert (pixels[row].mean((1, 2)) - torch.tensor([200.0, 30, 30])).abs().max() < 6
-        assert torch.equal(pixels[2, 0], pixels[2, 1])
+    (pixels,) = evaluation_batches(files, 24, machine())
+    for row in (0, 1, 3):
+        assert (pixels[row].mean((1, 2)) - torch.tensor([200.0, 30, 30])).abs().max() < 6
+    assert torch.equal(pixels[2, 0], pixels[2, 1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -130,12 +117,16 @@ def test_a_damaged_or_missing_file_is_named_in_one_sentence(files, tmp_path, wor
 
 def test_what_files_cannot_do_is_refused(files):
     with pytest.raises(InputError, match="need an input_size"):
-        Decoder(files, 0)
+        Crops(files, 0)
     with pytest.raises(InputError, match="crop_padding is for images in memory"):
-        Decoder(files, 24, Augmentation(crop_padding=4))
+        Crops(files, 24, Augmentation(crop_padding=4))
 
 
 def test_rows_are_selected_as_those_of_a_tensor(files):
     assert files[slice(1, None, 2)].names.tolist() == files.names[1::2].tolist()
     assert len(files[torch.arange(24) > 20]) == 3
-    assert Decoder(files, 24)[Key(0)].pixels.dtype == torch.uint8
+
+
+def test_a_crop_without_a_key_changes_nothing(files):
+    pixels, jitter = Crops(files, 24)[0]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 24) and jitter.tolist() == [1, 1, 1, 0]

@@ -20,7 +20,7 @@ import websocket
 from PIL import Image
 
 from lt_core import paths
-from lt_core.notebooks import source_of
+from lt_core.runner import source_of
 
 NOTEBOOK = "notebooks/00_overview.ipynb"
 FIGURES = ("F1.png", "F3.png")

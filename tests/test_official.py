@@ -1,19 +1,18 @@
-"""The official lists: counts, both layouts, refusals, downloads, and checks of a tree of images."""
+"""The official lists: counts, both layouts, refusals, and checks of a tree of images."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from parts import class_folders, part_counts, write_part
 
-from lt_core import official
-from lt_core.datasets import check_data, load_dataset, read_list
-from lt_core.errors import DataError
-from lt_core.groups import group_of
-from lt_core.image_files import ImageFiles
-from lt_core.official import ImageTree, check_official, digest, located, normalised, official_counts
+from lt_core.checks import DataError
+from lt_core.data import official
+from lt_core.data.datasets import check_data, load_dataset, read_list
+from lt_core.data.image_files import ImageFiles
+from lt_core.data.official import ImageTree, check_official, digest, located, normalised, official_counts
+from lt_core.metrics import group_of
 
 LISTS = Path(os.environ.get("LT_DATA_ROOT", "")) / "official_lists"
 SPLITS = ("train", "val", "test")
@@ -173,33 +172,10 @@ def test_check_data_on_parts_and_its_refusals(root, tmp_path):
     victims[0].write_bytes(half)
 
 
-def test_lists_are_downloaded_once_and_their_absence_is_one_sentence(tmp_path, monkeypatch):
-    asked: list[str] = []
-
-    class Answer:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def read(self) -> bytes:
-            return b"train/cat/1.jpg 0\n"
-
-    monkeypatch.setattr(
-        official.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Answer()
-    )
-    for _ in range(2):
-        files = official.list_files("places_lt", tmp_path)
-    assert Counter(Path(url).name for url in asked) == {f"Places_LT_{split}.txt": 1 for split in SPLITS}
-    assert read_list(files["train"]) == [("train/cat/1.jpg", 0)]
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(official.urllib.request, "urlopen", offline)
+def test_a_missing_list_is_one_sentence_with_its_source_and_its_place(tmp_path):
+    (tmp_path / "ImageNet_LT_train.txt").write_text("train/cat/1.jpg 0\n")
     with pytest.raises(
-        DataError, match="has no ImageNet_LT_train.txt and it cannot be downloaded .* put it into"
+        DataError, match=r"no list .*/ImageNet_LT_val.txt: fetch https://\S+/ImageNet_LT_val.txt and put it"
     ):
         list(check_data("paper", tmp_path))
 

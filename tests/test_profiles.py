@@ -2,9 +2,9 @@
 
 import pytest
 
-from lt_core.errors import ProfileError
+from lt_core.checks import ProfileError
+from lt_core.data.profiles import FOLDER, load_profile, profile_names, read_profile
 from lt_core.models import BACKBONES
-from lt_core.profiles import FOLDER, load_profile, profile_names, read_profile
 from lt_core.samplers import SAMPLERS
 
 VALID = (FOLDER / "digits.toml").read_text(encoding="utf-8")
@@ -20,9 +20,13 @@ def test_known_profiles():
             assert backbone.network in BACKBONES and backbone.sampler in SAMPLERS
 
 
-def test_embedded_is_small_without_training():
+def test_embedded_is_small_without_training_and_with_fewer_seeds():
     embedded, small = load_profile("embedded"), load_profile("small")
-    assert embedded.backbones == small.backbones and embedded.recipes == small.recipes
+    assert embedded.recipes == small.recipes and embedded.backbones.keys() == small.backbones.keys()
+    for name, trained in small.backbones.items():
+        shipped = embedded.backbone(name)
+        assert shipped.model_copy(update={"seeds": trained.seeds}) == trained
+        assert shipped.seeds == trained.seeds[: len(shipped.seeds)]
     assert not embedded.trains and small.trains
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lt_core.datasets import long_tail_lists, read_list
-from lt_core.errors import DataError, InputError
-from lt_core.features import FeatureCache, load_cache, save_cache
+from lt_core.cache import FeatureCache, load_cache, save_cache
+from lt_core.checks import DataError, InputError
+from lt_core.data.datasets import long_tail_lists, read_list
 from lt_core.samplers import SAMPLERS, class_aware, epoch_batches, square_root, uniform
 from lt_core.transfer import (
     attention,
@@ -291,12 +291,13 @@ def test_a_cache_comes_back_as_it_was_saved(cache):
     with tempfile.TemporaryDirectory() as folder:
         save_cache(Path(folder), cache)
         loaded = load_cache(folder)
+        assert set(loaded.splits) == set(cache.splits)
+        dict(loaded.splits)  # splits are read when they are first asked for
     torch.testing.assert_close(loaded.weights, cache.weights, rtol=0, atol=0, equal_nan=True)
-    for name in ("prototypes", "counts", "bias"):
+    for name in ("prototypes", "counts", "bias", "direction"):
         one, other = getattr(cache, name), getattr(loaded, name)
         assert (one is None and other is None) or torch.equal(one, other), name
     assert loaded.scale == cache.scale and loaded.class_names == cache.class_names
-    assert set(loaded.splits) == set(cache.splits)
     for split, (features, labels) in cache.splits.items():
         assert torch.equal(loaded.labels(split), labels)
         step = features.abs().amax(dim=1, keepdim=True) / 127

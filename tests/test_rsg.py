@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lt_core import rsg
-from lt_core.models import BACKBONES, Model, build_backbone, build_classifier
+from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.rsg import RSG, matched
 from lt_core.train import extract_features, this_machine
 
@@ -127,25 +127,11 @@ def test_a_generated_map_sends_its_gradient_to_the_transformation_only():
 
 def test_a_model_with_rsg_is_the_plain_network_at_test():
     torch.manual_seed(0)
-    backbone, counts = build_backbone("digits_net"), COUNTS
-    model = Model(
-        backbone, build_classifier("cosine_fixed", 64, 10), RSG(backbone.last_stage_channels, counts)
-    )
+    backbone, classifier = build_backbone("digits_net"), build_classifier("cosine_fixed", 64, 10)
+    model = Model(backbone, classifier, RSG(backbone.last_stage_channels, COUNTS))
     images = torch.randint(0, 256, (6, 8, 8, 1), dtype=torch.uint8)
     before = extract_features(backbone.eval(), images, 0, this_machine())
     model.begin_epoch(0.9)
     logits, target, further = model(images.permute(0, 3, 1, 2).float(), torch.tensor([0, 0, 0, 1, 5, 9]))
     assert len(logits) == len(target) == 10 and further > 0
     assert torch.equal(extract_features(backbone.eval(), images, 0, this_machine()), before)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_network_has_a_last_stage_that_halves_the_resolution(name):
-    backbone, sizes = build_backbone(name).eval(), []
-    backbone.last_stage.register_forward_hook(
-        lambda _, inputs, output: sizes.append((inputs[0].shape, output.shape))
-    )
-    with torch.inference_mode():
-        backbone(torch.rand(1, *((1, 8, 8) if name == "digits_net" else (3, 64, 64))) * 255)
-    (inputs, outputs) = sizes[0]
-    assert inputs[1] == backbone.last_stage_channels and inputs[2] == 2 * outputs[2]

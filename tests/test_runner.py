@@ -18,15 +18,14 @@ import pytest
 from filelock import FileLock
 
 import lt_core
-from lt_core import notebooks as nbs
-from lt_core import paths, runner
-from lt_core.errors import CacheError, InputError, ProfileError
+from lt_core import paths, runner, site
+from lt_core.checks import CacheError, InputError, ProfileError
 from lt_core.runner import Options, Record
 
-PARAMETERS = 'profile = "digits"  # scale\nseed = 0\nshots = 5  # images a class\nname = "x"'
+PARAMETERS = 'profile = "digits"  # scale\nseed = None\nshots = 5  # images a class\nname = "x"'
 WRITE = (
     "from lt_core import paths\n"
-    "folder = paths.figures(profile); folder.mkdir(parents=True, exist_ok=True)\n"
+    "folder = paths.figures(profile, shots=shots); folder.mkdir(parents=True, exist_ok=True)\n"
     "(folder / '{file}').write_text(f'{{profile}} {{seed}} {{shots}}')"
 )
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"
@@ -38,8 +37,8 @@ def write_notebook(
     *code: str,
     produces: tuple[str, ...] = (),
     backbones: tuple[str, ...] = (),
-    reads: tuple[str, ...] = (),
     parameters: str | None = PARAMETERS,
+    **more: object,
 ) -> Path:
     """A small notebook with a heading, a parameters cell (unless None) and code cells."""
     cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}", id="title")]
@@ -48,7 +47,7 @@ def write_notebook(
             nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]})
         )
     cells += [nbformat.v4.new_code_cell(text, id=f"code-{index}") for index, text in enumerate(code)]
-    declared = {"produces": list(produces), "backbones": list(backbones), "reads": list(reads)}
+    declared = {"produces": list(produces), "backbones": list(backbones), **more}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "lt_core": declared})
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +75,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     code = tmp_path / "code.py"
     code.write_text("first")
-    monkeypatch.setattr(nbs, "_code_files", lambda: [code])
+    monkeypatch.setattr(runner, "code_files", lambda: [code])
     monkeypatch.setattr(runner, "STAGGER_SECONDS", 0.0)
     return tmp_path / "notebooks"
 
@@ -88,7 +87,7 @@ def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
     def cache_folder(profile: str, backbone: str, seed: int) -> Path:
         return tmp_path / "caches" / backbone / f"seed{seed}"
 
-    def ensure(profile: str, backbone: str, seed: int, data_root: object, progress: object) -> Path:
+    def ensure(profile: str, backbone: str, seed: int, data_root: object) -> Path:
         fake.asked.append((profile, backbone, seed))
         if backbone == "continual":
             raise CacheError("there is no such cache: train it")
@@ -97,10 +96,11 @@ def fake_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
         (folder / "meta.json").write_text(json.dumps({"sha256": "one"}))
         return folder
 
-    def seeds_shown(profile: str, backbone: str, seed: int) -> list[int]:
-        return [0, 1, 2] if backbone == "uniform" else [seed]
+    def seeds_shown(profile: str, backbone: str, seed: int | None) -> list[int]:
+        return [0, 1, 2] if seed is None else [seed]
 
     fake = SimpleNamespace(asked=[], cache_folder=cache_folder, ensure=ensure, seeds_shown=seeds_shown)
+    assert site  # imported before, so that it and what it imports hold the real module
     monkeypatch.setitem(sys.modules, "lt_core.backbones", fake)
     monkeypatch.setattr(lt_core, "backbones", fake, raising=False)
     return fake
@@ -111,14 +111,14 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that only write the declared files, for tests of planning; the names of what ran."""
     ran: list[str] = []
 
-    def execute(worker: runner._Worker, task: runner.Task) -> tuple[str, str]:
+    def execute(worker: runner.Worker, task: runner.Task) -> tuple[str, str]:
         ran.append(task.notebook.name)
         for name in task.notebook.produces:
-            with paths.atomic(paths.figures(worker.options.profile) / name) as temporary:
+            with paths.atomic(task.out / name) as temporary:
                 temporary.write_text("made")
         return "", ""
 
-    monkeypatch.setattr(runner._Worker, "_execute", execute)
+    monkeypatch.setattr(runner.Worker, "execute", execute)
     return ran
 
 
@@ -139,31 +139,29 @@ def test_good_and_bad_notebooks_side_by_side(
     write_notebook(place, "04_silent", "1 + 1", produces=("F4.png",))
     write_notebook(place, "05_untagged", "1 + 1", parameters=None)
     (place / "06_broken.ipynb").write_text("{ not json")
-    write_notebook(place, "99_reads", "1 + 1", reads=("F4.png",))
 
     status = runner.run(options(assignments=["shots=7"]))
 
     shown = capfd.readouterr().out
-    reports = paths.reports("digits")
-    records = {path.stem: Record.load(reports, path.stem) for path in reports.glob("*.json")}
+    reports = paths.reports("digits", shots="7")
+    records = {path.stem: Record.load(reports, path.stem) for path in reports.glob("0*.json")}
     assert status == 1
-    assert (paths.figures("digits") / "T1.csv").read_text() == "digits 0 7"
+    assert (paths.figures("digits", shots="7") / "T1.csv").read_text() == "digits None 7"
     assert {name: record.error for name, record in records.items()} == {
         "01_good": "",
         "02_fails": "IndexError: list index out of range",
         "03_killed": "the kernel was killed (out of memory?)",
         "04_silent": "did not write F4.png",
-        "05_untagged": "no cell is tagged `parameters`",
+        "05_untagged": "its cell tagged `parameters` lacks profile and seed",
         "06_broken": "the file is not a notebook",
-        "99_reads": "needs F4.png of 04_silent, which failed",
     }
     # papermill's injected cell is the third
     assert (records["02_fails"].cell, records["03_killed"].cell) == ("cell 5", "cell 5")
     summary = shown.split("\nnotebook ")[1]
     assert "FAILED 02_fails: cell 5: IndexError: list index out of range" in summary
-    assert "1 of 7 notebooks are fine" in summary
+    assert "1 of 6 notebooks are fine" in summary
     assert str(reports / "index.html") in summary
-    assert str(paths.figures("digits")) in summary
+    assert str(paths.figures("digits", shots="7")) in summary
     assert sorted(path.stem for path in reports.glob("*.ipynb")) == [
         "01_good", "02_fails", "03_killed", "04_silent",
     ]  # fmt: skip
@@ -171,7 +169,7 @@ def test_good_and_bad_notebooks_side_by_side(
     assert "so far" in (reports / "02_fails.html").read_text()
     assert "list index out of range" in (reports / "02_fails.html").read_text()
     assert "IndexError: list index out of range" in (reports / "index.html").read_text()
-    assert not [path for path in reports.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    assert not [path for path in reports.iterdir() if path.name.startswith(".running")]
 
     began = time.monotonic()
     assert runner.run(options(assignments=["shots=7"], only="01")) == 0
@@ -186,7 +184,7 @@ def test_stopping_ends_children_and_theirs(tmp_path: Path) -> None:
     child = (
         f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeps!r}], start_new_session=True)"
     )
-    with runner._Processes() as processes:
+    with runner.Processes() as processes:
         worker = threading.Thread(
             target=processes.wait_for, args=([sys.executable, "-c", child], dict(os.environ), None)
         )
@@ -234,12 +232,12 @@ def test_all_seeds_of_a_backbone_are_made_and_watched(
     place: Path, no_kernel: list[str], fake_backbones: SimpleNamespace
 ) -> None:
     write_notebook(place, "01_a", "1", produces=("T1.csv",), backbones=("uniform",))
-    assert runner.run(options()) == 0
-    assert fake_backbones.asked == [("digits", "uniform", seed) for seed in (0, 1, 2)]
-    assert runner.plan(options())[0].reason == ""
-    meta = fake_backbones.cache_folder("digits", "uniform", 2) / "meta.json"
+    assert runner.run(Options()) == 0
+    assert fake_backbones.asked == [("embedded", "uniform", seed) for seed in (0, 1, 2)]
+    assert runner.plan(Options())[0].reason == ""
+    meta = fake_backbones.cache_folder("embedded", "uniform", 2) / "meta.json"
     meta.write_text(json.dumps({"sha256": "another"}))
-    assert runner.plan(options())[0].reason == "changed feature caches"
+    assert runner.plan(Options())[0].reason == "changed feature caches"
 
 
 def test_second_run_does_nothing_and_changes_rerun(
@@ -255,12 +253,11 @@ def test_second_run_does_nothing_and_changes_rerun(
     assert reason() == ""
     assert runner.run(options()) == 0
     assert no_kernel == ["01_a"]
-    assert fake_backbones.asked == [("digits", "sqrt", 0)]
+    assert fake_backbones.asked == [("digits", "sqrt", seed) for seed in (0, 1, 2)]
 
     assert reason(force=True) == "forced"
-    assert reason(assignments=["shots=6"]) == "changed parameters"
-    assert reason(assignments=["shots=5"]) == "changed parameters"  # given, though equal to the default
-    assert reason(seed=1) == "changed parameters and feature caches"
+    assert reason(assignments=["shots=6"]) == "never run"  # in a folder of its own
+    assert reason(seed=1) == "never run"
     (tmp_path / "code.py").write_text("second")
     assert reason() == "changed code"
     (tmp_path / "code.py").write_text("first")
@@ -269,7 +266,9 @@ def test_second_run_does_nothing_and_changes_rerun(
     assert reason() == "changed feature caches"
     meta.write_text(json.dumps({"sha256": "one"}))
     (paths.figures("digits") / "T1.csv").rename(tmp_path / "kept")
-    assert reason() == "missing output T1.csv"
+    assert reason() == "missing product T1.csv"
+    (paths.figures("digits") / "T1.csv").write_text("mad")
+    assert reason() == "changed product T1.csv"
     (tmp_path / "kept").rename(paths.figures("digits") / "T1.csv")
     text = source.read_text()
     edit_last_cell(source, "2")
@@ -292,35 +291,48 @@ def test_outputs_stored_in_a_notebook_do_not_count(place: Path, no_kernel: list[
     assert runner.plan(options())[0].reason == ""
 
 
-def test_a_reader_runs_after_the_makers_of_what_it_reads(place: Path, no_kernel: list[str]) -> None:
-    write_notebook(place, "00_reads", "1", reads=("T1.csv",))
-    maker = write_notebook(place, "01_makes", "1", produces=("T1.csv",))
+def test_what_is_first_runs_before_its_readers(place: Path, no_kernel: list[str]) -> None:
+    write_notebook(place, "00_shows", "1", claims=[1])
+    judge = write_notebook(place, "99_judges", "1", produces=("claims.csv",), first=True)
     assert runner.run(options()) == 0
-    assert no_kernel == ["01_makes", "00_reads"]
-    edit_last_cell(maker, "2")
-    assert [task.reason for task in runner.plan(options())] == [
-        "a table it reads is made again",
-        "changed notebook",
-    ]
+    assert no_kernel == ["99_judges", "00_shows"]
+    assert [task.reason for task in runner.plan(options())] == ["", ""]
+    claims = paths.figures("digits") / "claims.csv"
+    claims.write_text("other verdicts")
+    reasons = {task.notebook.name: task.reason for task in runner.plan(options())}
+    assert reasons == {
+        "00_shows": "changed verdicts that it shows",
+        "99_judges": "changed product claims.csv",
+    }
+    edit_last_cell(judge, "2")
+    assert runner.run(options()) == 0
+    assert no_kernel[2:] == ["99_judges", "00_shows"] or no_kernel[2:] == ["99_judges"]
 
 
-def test_notebooks_that_read_each_other_are_refused(place: Path, no_kernel: list[str]) -> None:
-    write_notebook(place, "01_a", "1", produces=("T1.csv",), reads=("T2.csv",))
-    write_notebook(place, "02_b", "1", produces=("T2.csv",), reads=("T1.csv",))
-    with pytest.raises(InputError, match="read each other"):
-        runner.run(options())
-    assert no_kernel == []
-
-
-def test_an_old_output_does_not_pass_for_a_new_one(place: Path) -> None:
-    notebook = nbs.Notebook(write_notebook(place, "01_a", "1", produces=("T1.csv",)))
+def test_an_old_product_does_not_pass_for_a_new_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_notebook(place, "01_a", "1", produces=("T1.csv",))
     old = paths.figures("digits") / "T1.csv"
     old.parent.mkdir(parents=True)
     old.write_text("committed long ago")
-    worker = runner._Worker(options(), {}, runner._Processes(), 1)
-    assert worker._lost_output(notebook, time.time()) == ""
-    os.utime(old, (1e9, 1e9))
-    assert worker._lost_output(notebook, time.time()) == "did not write T1.csv"
+    monkeypatch.setattr(runner.Worker, "execute", lambda *_: ("", ""))
+    assert runner.run(options()) == 1
+    assert "did not write T1.csv" in capsys.readouterr().out
+
+
+def test_other_parameters_never_touch_the_results_of_the_defaults(place: Path, no_kernel: list[str]) -> None:
+    write_notebook(place, "01_a", "1", produces=("T1.csv",))
+    assert runner.run(options()) == 0
+    committed = paths.figures("digits") / "T1.csv"
+    committed.write_text("of the defaults")
+    assert runner.run(options(seed=1)) == 0
+    assert runner.run(options(assignments=["shots=7"])) == 0
+    assert committed.read_text() == "of the defaults"
+    made = sorted(
+        path.relative_to(paths.output_root()).as_posix() for path in paths.output_root().rglob("T1.csv")
+    )
+    assert made == ["figures/digits+seed=1/T1.csv", "figures/digits+shots=7/T1.csv", "figures/digits/T1.csv"]
 
 
 # --- Backbones -----------------------------------------------------------------------------------------
@@ -334,7 +346,7 @@ def test_a_missing_cache_fails_its_notebooks_only(
     write_notebook(place, "03_does_not", "1", backbones=("sqrt",))
     assert runner.run(options()) == 1
     assert no_kernel == ["03_does_not"]
-    assert [backbone for _, backbone, _ in fake_backbones.asked] == ["sqrt", "continual"]
+    assert {backbone for _, backbone, _ in fake_backbones.asked} == {"sqrt", "continual"}
     expected = "backbone continual: there is no such cache: train it"
     assert f"FAILED 02_needs_too: {expected}" in capsys.readouterr().out
 
@@ -356,18 +368,38 @@ def test_a_kernel_that_never_started_is_tried_once_more(
         output.write_text(task.notebook.path.read_text())
         return int(len(attempts) < 2)
 
-    monkeypatch.setattr(runner._Worker, "_papermill", papermill)
+    monkeypatch.setattr(runner.Worker, "papermill", papermill)
     assert runner.run(options()) == 0
     assert len(attempts) == 2
     assert "trying once more" in capsys.readouterr().out
 
 
-def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_notebooks_side_by_side_share_the_cores(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = {}
+
+    def papermill(worker: runner.Worker, task: runner.Task, output: Path, log: Path) -> int:
+        threads[task.notebook.name] = worker.threads
+        log.write_text("")
+        output.write_text(task.notebook.path.read_text())
+        return 0
+
+    monkeypatch.setattr(runner.Worker, "papermill", papermill)
     monkeypatch.setattr(runner, "cores", lambda: 8)
-    environment = runner._environment(options(data_root=tmp_path), 3, tmp_path)
-    assert {environment[name] for name in runner.THREAD_VARIABLES} == {"2"}
+    write_notebook(place, "01_a", "1")
+    write_notebook(place, "99_b", "1", first=True)
+    assert runner.run(options(jobs=3)) == 0
+    assert threads == {"01_a": 2, "99_b": 8}  # what runs first runs alone
+
+
+def test_children_see_this_checkout_and_absolute_paths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LT_OUTPUT_ROOT", "mine")
+    environment = runner.child_environment(options(data_root=tmp_path), tmp_path, tmp_path / "fits")
     assert environment["LT_DATA_ROOT"] == str(tmp_path)
-    assert runner._environment(options(), 16, tmp_path)["OMP_NUM_THREADS"] == "1"
+    assert environment["LT_OUTPUT_ROOT"] == str(tmp_path / "mine")
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(paths.PACKAGE.parent)
 
 
 def test_a_second_run_waits(place: Path, no_kernel: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,7 +442,7 @@ def test_bad_input_is_refused_before_anything_runs(
     place: Path, no_kernel: list[str], more: dict[str, object], message: str
 ) -> None:
     write_notebook(place, "01_a", "1")
-    write_notebook(place, "02_b", "1", parameters='profile = "digits"\nseed = 0')
+    write_notebook(place, "02_b", "1", parameters='profile = "digits"\nseed = None')
     with pytest.raises((InputError, ProfileError)) as caught:
         runner.run(options(**more))
     assert message in str(caught.value)
@@ -426,7 +458,23 @@ def test_unknown_profile_lists_the_known(place: Path) -> None:
 
 def test_no_notebooks(place: Path) -> None:
     with pytest.raises(InputError, match="no notebooks"):
-        runner.listing()
+        runner.listing("digits")
+
+
+def test_two_makers_of_a_product_are_refused(place: Path, no_kernel: list[str]) -> None:
+    write_notebook(place, "01_a", "1", produces=("T1.csv",))
+    write_notebook(place, "01_a-Copy1", "2", produces=("T1.csv",))  # JupyterLab's Duplicate
+    with pytest.raises(InputError, match=r"01_a and 01_a-Copy1 both declare the product T1.csv"):
+        runner.run(options())
+    assert no_kernel == []
+
+
+def test_a_number_that_fits_two_notebooks_is_refused(place: Path) -> None:
+    write_notebook(place, "01_a", "1")
+    write_notebook(place, "01_b", "1")
+    with pytest.raises(InputError, match="--only 1 fits 01_a and 01_b: name one of them"):
+        runner.select(runner.find(), "1")
+    assert [notebook.name for notebook in runner.select(runner.find(), "01_b")] == ["01_b"]
 
 
 # --- Choosing ------------------------------------------------------------------------------------------
@@ -435,42 +483,41 @@ def test_no_notebooks(place: Path) -> None:
 def test_only_takes_numbers_and_names(place: Path) -> None:
     for name in ("00_overview", "01_main", "12_more"):
         write_notebook(place, name, "1")
-    found = nbs.find()
+    found = runner.find()
     for words, expected in {
         "01": ["01_main"],
         "1": ["01_main"],
         "12_more, 0": ["00_overview", "12_more"],
         "01_main.ipynb,01": ["01_main"],
     }.items():
-        assert [notebook.name for notebook in nbs.select(found, words)] == expected
-    assert nbs.select(found, None) == found
+        assert [notebook.name for notebook in runner.select(found, words)] == expected
+    assert runner.select(found, None) == found
 
 
 def test_parameters_take_the_type_of_their_default(place: Path) -> None:
-    text = 'profile = "digits"\nseed = 0\nrate = 0.5\nflag = False\nname = "x"\nlimits = [1]\nlimit = None'
-    notebook = nbs.Notebook(write_notebook(place, "01_a", "1", parameters=text))
-    given = nbs.parse_assignments(["rate=1", "flag=true", "name=08", "limits=[2, 3]", "limit=a=b"])
-    assert nbs.parameters_of(notebook, given, "digits", 2) == {
-        "profile": "digits",
-        "seed": 2,
-        "rate": 1.0,
-        "flag": True,
-        "name": "08",
-        "limits": [2, 3],
-        "limit": "a=b",
-    }
+    text = 'profile = "digits"\nseed = None\nrate = 0.5\nflag = False\nname = "x"\nlimits = [1]\nlimit = None'
+    notebook = runner.Notebook(write_notebook(place, "01_a", "1", parameters=text))
+    given = runner.parse_assignments(["rate=1", "flag=true", "name=08", "limits=[2, 3]", "limit=a=b"])
+    expected = {"rate": 1.0, "flag": True, "name": "08", "limits": [2, 3], "limit": "a=b"}
+    assert runner.own_parameters(notebook, given, 2) == {"seed": 2} | expected
+    same = runner.parse_assignments(["rate=0.5", "name=x"])
+    assert runner.own_parameters(notebook, same, None) == {
+        "seed": None
+    }  # the defaults: no folder of their own
 
 
 def test_assignment_goes_to_the_notebooks_that_have_it(place: Path) -> None:
     write_notebook(place, "01_a", "1")
-    write_notebook(place, "02_b", "1", parameters='profile = "digits"\nseed = 0')
+    write_notebook(place, "02_b", "1", parameters='profile = "digits"\nseed = None')
     first, second = runner.plan(options(assignments=["shots=9"]))
-    assert first.parameters == {"profile": "digits", "seed": 0, "shots": 9}
-    assert second.parameters == {"profile": "digits", "seed": 0}
+    assert first.injected == {"profile": "digits", "seed": None, "shots": 9}
+    assert second.injected == {"profile": "digits", "seed": None}
 
 
 def test_listing_and_dry_run_write_nothing(place: Path) -> None:
     write_notebook(place, "01_a", "1", produces=("T1.csv", "T1.md"))
-    assert runner.listing() == "01_a: Title of 01_a\n    produces T1.csv, T1.md"
+    assert runner.listing("digits") == "01_a: Title of 01_a\n    produces T1.csv, T1.md"
     assert runner.dry_run(options()) == "01_a: would run (never run)"
+    with pytest.raises(ProfileError, match="unknown profile 'tiny'"):
+        runner.listing("tiny")
     assert not paths.output_root().exists()

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lt_core import paths, site
 from lt_core.runner import Record
+from lt_core.tables import load_table
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 STORY = r"""# Main results
@@ -49,19 +50,19 @@ def described_png(path: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def render(tmp_path: Path):
-    """Renders cells and returns the page."""
+def render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Renders cells and returns the page; pictures of the notebooks folder lie in tmp_path."""
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
 
-    def rendered(*cells: nbformat.NotebookNode, **more: str) -> str:
+    def rendered(*cells: nbformat.NotebookNode, **more: object) -> str:
         (tmp_path / "scheme.png").write_bytes(b"picture")
         notebook = new_notebook(
             cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "Python"}}
         )
         nbformat.write(notebook, tmp_path / "01_main.ipynb")
         target = tmp_path / "01_main.html"
-        site.render_notebook(
-            tmp_path / "01_main.ipynb", target, title="Main results", resources=tmp_path, **more
-        )
+        record = Record("01_main", "Main results", "ok", **more)
+        site.render_notebook(tmp_path / "01_main.ipynb", target, record, out=tmp_path)
         return target.read_text(encoding="utf-8")
 
     return rendered
@@ -173,7 +174,7 @@ def test_a_live_control_becomes_a_note(render) -> None:
 def test_a_failure_is_shown_with_its_cell(render) -> None:
     mark = new_markdown_cell("An Exception was encountered", metadata={"tags": ["papermill-error-cell-tag"]})
     error = new_output("error", ename="ValueError", evalue="k < 0", traceback=["\x1b[31mline 3\x1b[0m"])
-    page = render(mark, new_code_cell("x", outputs=[error]), error="cell 1: ValueError: k < 0")
+    page = render(mark, new_code_cell("x", outputs=[error]), error="ValueError: k < 0", cell="cell 1")
     assert "<strong>This notebook failed.</strong> cell 1: ValueError: k &lt; 0" in page
     assert "<strong>ValueError: k &lt; 0</strong>" in page
     assert "line 3" in page
@@ -187,62 +188,94 @@ def test_a_failure_without_a_cell_has_no_link(render) -> None:
     assert "#failed-cell" not in page
 
 
+def test_a_picture_links_to_its_full_size_file(render, tmp_path: Path) -> None:
+    picture = described_png(tmp_path / "F2.png", "Accuracy").read_bytes()
+    output = display("image/png", base64.b64encode(picture).decode())
+    page = render(new_code_cell("1", outputs=[output]), products={"F2.png": "digest"})
+    assert {"href": "F2.png"} in Elements(page).named("a")
+
+
+def test_a_page_has_its_contents_and_its_neighbours(render, tmp_path: Path) -> None:
+    for name in ("00_before", "02_after"):
+        (tmp_path / f"{name}.ipynb").write_text("{}")
+    page = render(
+        new_markdown_cell("# Main"), new_markdown_cell("## Table $1$\nx"), new_markdown_cell("## Why")
+    )
+    elements = Elements(page)
+    addresses = [attributes["href"] for attributes in elements.named("a")]
+    assert addresses == ["index.html", "00_before.html", "02_after.html", "#section-1", "#section-2"]
+    anchors = {attributes.get("id") for _, attributes in elements.all}
+    assert {"section-1", "section-2"} <= anchors
+
+
 # --- The index -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An index over a good notebook with outputs and a failed one without."""
+    """An index over a good notebook with products, the judge of the claims, and a failed one."""
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
     figures, reports = paths.figures("digits"), paths.reports("digits")
-    figures.mkdir(parents=True)
+    (figures / "answers").mkdir(parents=True)
     reports.mkdir(parents=True)
     described_png(figures / "F2.png", "accuracy of two <methods>")
-    for name in ("F2.svg", "F2.csv", "T1.md", "S1.csv"):
+    for name in ("F2.svg", "F2.csv", "T1.md", "T1.csv"):
         (figures / name).write_text("x")
-    (figures / "T1.csv").write_text(
-        "table,row,group,published,reproduced,rule\n"
-        "T1,Cosine,many,68.5,46.06,paper\nT1,Cosine,few,20.6,6.49,paper\n"
-        "T1,LWS,many,,44.38,paper\nT1,LWS,few,,,paper\nT1,LWS,many,60.2,43.9,common\n"
-    )
-    (figures / "claims.csv").write_text("claim,verdict\n1,holds\n2,holds\n3,fails\n")
+    (figures / "answers" / "01_main.md").write_text("`sqrt` gains **3.1** points, $k < 20$ & <b>more</b>.\n")
+    (figures / "answers" / "99_claims.md").write_text("Of 68 claims 27 hold.\n")
     (reports / "01_main.html").write_text("x")
-    made = ["T1.csv", "T1.md", "S1.csv", "F2.png", "F2.svg", "F2.csv", "gone.csv"]
+    names = ["T1.csv", "T1.md", "F2.png", "F2.svg", "F2.csv", "gone.csv", "answers/01_main.md"]
     records = [
-        Record("01_main", "Main <results>", "ok", "2026-01-02 03:04:05", 61.2, {"seed": 3}, made),
-        Record(
-            "02_bad", "Bad", "failed", "2026-01-02", 2, {"seed": 3}, ["T2.csv"], "KeyError: 'x'", "cell 4"
-        ),
+        Record("01_main", "Main <results>", "ok", "2026-01-02 03:04:05", 61.2, {}, dict.fromkeys(names, "x")),
+        Record("02_bad", "Bad", "failed", "2026-01-02", 2, {}, {}, "KeyError: 'x'", "cell 4"),
+        Record("99_claims", "Claims", "ok", "2026-01-02", 2, {}, {"answers/99_claims.md": "x"}),
     ]
     profile = SimpleNamespace(name="digits", description="small & quick")
-    site.write_index(profile, records, seed=3, seconds=63.0)
+    site.write_index(profile, reports, records, {}, seconds=63.0)
+    site.write_index(profile, reports, records, {}, seconds=None)  # a later call in which nothing ran
     return (reports / "index.html").read_text(encoding="utf-8")
 
 
-def test_index_shows_everything_that_was_made(index: str) -> None:
+def test_the_index_opens_with_the_verdict_and_shows_what_was_made(index: str) -> None:
     elements = Elements(index)
+    assert '<p class="lead">Of 68 claims 27 hold.</p>' in index
     (image,) = elements.named("img")
-    assert image["src"].startswith("data:image/png;base64,") and len(image["src"]) < 10_000
-    assert image["alt"] == "Figure 2: accuracy of two <methods>"
-    for name in ("Table 1", "Table S1", "Figure 2"):
-        assert f'<a href="01_main.html">{name}</a>' in index
-    assert "Table 2" not in index and "gone" not in index
-    for line in (("", "many", "few"), ("Cosine", "68.5 → 46.1", "20.6 → 6.5"), ("LWS", "– → 44.4", "– → –")):
-        assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" in index
+    assert image["alt"] == "accuracy of two <methods>"
+    assert '<a href="01_main.html">Main &lt;results&gt;</a>' in index
+    answer = "<code>sqrt</code> gains <strong>3.1</strong> points"
+    assert answer in index and "&amp; &lt;b&gt;more&lt;/b&gt;" in index
+    assert "Table 1" in index and "Figure 2" in index and "gone" not in index
     assert "small &amp; quick" in index
-    assert "<strong>2</strong> hold, <strong>1</strong> fail" in index
-    assert "KeyError: &#39;x&#39; (cell 4)" in index
-    for fact in ("Seed", "Python", "PyTorch", "Processor", "Memory", "GPU", "Last run"):
+    assert "cell 4: KeyError: &#39;x&#39;" in index
+    for fact in ("Python", "PyTorch", "Machine", "GPU"):
         assert f"<dt>{fact}</dt><dd>" in index
-    assert "63 s" in index
+    assert "<dd>63 s</dd>" in index  # of the last run in which notebooks ran
 
 
-def test_index_has_no_broken_link_and_loads_nothing(index: str, tmp_path: Path) -> None:
-    assert external_references(index) == []
-    links = [attributes["href"] for attributes in Elements(index).named("a")]
+def test_the_index_has_no_broken_link(index: str) -> None:
+    elements = Elements(index)
+    links = [attributes["href"] for attributes in elements.named("a")]
     assert "../../figures/digits/F2.svg" in links
-    for link in links:
-        assert (paths.reports("digits") / link).is_file(), link
+    for address in [*links, *(attributes["src"] for attributes in elements.named("img"))]:
+        assert (paths.reports("digits") / address).is_file(), address
+    assert [one for one in external_references(index) if "../../figures/digits/" not in one] == []
+
+
+def test_the_summary_is_one_page_with_answers_tables_and_figures(tmp_path: Path) -> None:
+    described_png(tmp_path / "F2.png", "accuracy of two <methods>")
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "01_main.md").write_text("Few-shot classes gain **3.1** points.")
+    committed = load_table(paths.ROOT / "figures" / "embedded" / "T6.csv")
+    committed.to_csv(tmp_path / "T6.csv", index=False)
+    site.write_summary(
+        tmp_path, [("01_main", "Main <b>", ["T6.csv", "F2.png", "per_class.csv"])], tmp_path / "report.html"
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert external_references(page) == []
+    (image,) = Elements(page).named("img")
+    assert image["src"].startswith("data:image/png;base64,") and image["alt"] == "accuracy of two <methods>"
+    assert "Main &lt;b&gt;" in page and "<strong>3.1</strong>" in page
+    assert page.count('class="lt-table"') == 1 and f"{committed['reproduced'].max():.1f}" in page
 
 
 @pytest.mark.parametrize(

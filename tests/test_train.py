@@ -1,10 +1,11 @@
-"""The training loop: schedule, learning, repeatability, resuming after a kill, processes, refusals."""
+"""The training loops: schedule, learning, repeatability, resuming after a kill, processes, refusals."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lt_core import paths, train
-from lt_core.datasets import Dataset, Split, load_dataset
-from lt_core.errors import CacheError, TrainingError
-from lt_core.features import load_cache
+from lt_core.cache import load_cache
+from lt_core.checks import CacheError, TrainingError
+from lt_core.data.datasets import Dataset, Split, load_dataset
+from lt_core.data.profiles import Augmentation, Recipe
 from lt_core.losses import build_loss
 from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
-from lt_core.profiles import Augmentation, Recipe
 from lt_core.rsg import RSG
-from lt_core.train import fit, load_checkpoint, lr_at, step_generator
+from lt_core.samplers import epoch_batches
+from lt_core.train import fit, fit_head, load_checkpoint, lr_at, step_generator
 
 RECIPE = Recipe(
     epochs=3,
@@ -29,6 +31,7 @@ RECIPE = Recipe(
     classifier_learning_rate=0.1,
     augmentation=Augmentation(crop_padding=1),
 )
+Run = tuple[Model, list[dict[str, float]]]
 
 
 def fresh(seed: int = 0) -> Model:
@@ -37,34 +40,28 @@ def fresh(seed: int = 0) -> Model:
 
 
 def run_fit(
-    folder: Path,
-    recipe: Recipe = RECIPE,
-    seed: int = 0,
-    model: Model | None = None,
-    loss: str = "cross_entropy",
-) -> tuple[Model, list]:
-    folder.mkdir(parents=True, exist_ok=True)
-    data = load_dataset("digits")
-    model = model or fresh(seed)
-    built = build_loss(loss, data.counts)
-    return model, fit(model, data, recipe, "square_root", built, seed, folder, say=lambda line: None)
+    folder: Path, seed: int = 0, model: Model | None = None, loss: str = "cross_entropy", **changes: object
+) -> Run:
+    """Train on digits with RECIPE and the changes to it."""
+    data, model = load_dataset("digits"), model or fresh(seed)
+    recipe, built = RECIPE.model_copy(update=changes), build_loss(loss, data.counts)
+    return model, fit(model, data, recipe, "square_root", built, seed, folder)
 
 
-def assert_same(one: Model, two: Model) -> None:
-    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Run:
+    """A run that nothing disturbed."""
+    return run_fit(tmp_path_factory.mktemp("whole"))
+
+
+def assert_same(one: Run, two: Run) -> None:
+    for (name, a), b in zip(one[0].state_dict().items(), two[0].state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    for a, b in zip(one[1], two[1], strict=True):
+        assert a == pytest.approx(b)
 
 
-def test_without_a_run_folder_the_weights_are_the_same_and_nothing_is_written(tmp_path, monkeypatch):
-    data, recipe = load_dataset("digits"), RECIPE.model_copy(update={"epochs": 1})
-    kept, _ = run_fit(tmp_path / "run", recipe)
-    monkeypatch.chdir(tmp_path)
-    alone, loss = fresh(), build_loss("cross_entropy", data.counts)
-    only_train = replace(data, splits={"train": data.splits["train"]})
-    (entry,) = fit(alone, only_train, recipe, "square_root", loss, 0, None, say=lambda line: None)
-    assert_same(kept, alone)
-    assert set(entry) == {"epoch", "loss", "train_accuracy"}
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+# ---------------------------------------------------------------- schedule and random choices
 
 
 def test_schedule():
@@ -77,163 +74,156 @@ def test_schedule():
 
 
 def test_random_choices_differ_between_steps_and_are_the_same_again():
-    draws = {
-        key: torch.rand(1, generator=step_generator(*key)).item()
-        for key in [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1)]
-    }
-    assert len(set(draws.values())) == 5
-    assert torch.rand(1, generator=step_generator(0, 0, 1, 0)).item() == draws[0, 0, 1, 0]
+    keys = [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1)]
+    one, two = ([torch.rand(1, generator=step_generator(*key)).item() for key in keys] for _ in range(2))
+    assert len(set(one)) == 5 and one == two
 
 
-def test_it_learns_and_keeps_a_history(tmp_path):
-    model, history = run_fit(tmp_path, RECIPE.model_copy(update={"epochs": 10}))
+# ---------------------------------------------------------------- images
+
+
+def test_it_learns_and_keeps_a_history(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "lt_core"):
+        model, history = run_fit(tmp_path, epochs=10)
     assert [entry["epoch"] for entry in history] == list(range(1, 11))
     assert history[-1]["loss"] < history[0]["loss"] / 2 and history[-1]["val_accuracy"] > 60
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 10
+    assert [message.split("  ")[0] for message in caplog.messages] == [f"epoch {i}/10" for i in range(1, 11)]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in shown] == [
-        (entry["epoch"], pytest.approx(entry["loss"])) for entry in history
-    ]
+    expected = [(entry["epoch"], pytest.approx(entry["loss"])) for entry in history]
+    assert [(event.step, event.value) for event in shown] == expected
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["epoch"] == max(history, key=lambda e: e["val_accuracy"])["epoch"]
     assert model.classifier.scale.item() != 16  # the scale is learned
 
 
 def test_simclr_learns_without_labels(tmp_path):
-    """Partners are found, the nearest other image is of the same class, and training labels play no part."""
-    recipe = RECIPE.model_copy(update={"epochs": 6, "batch_size": 32})
-    data = load_dataset("digits")
+    """Positives are found, the nearest other image is of the same class, and labels play no part."""
+    data, recipe = load_dataset("digits"), RECIPE.model_copy(update={"epochs": 6, "batch_size": 32})
     part = data.splits["train"]
     unlabelled = data.splits | {"train": Split(part.images, torch.arange(len(part)) % 10)}
 
-    def simclr(folder: Path, data: Dataset) -> tuple[Model, list]:
+    def simclr(folder: Path, data: Dataset) -> Run:
         torch.manual_seed(0)
-        folder.mkdir()
         model = Model(build_backbone("digits_net"), ContrastiveHead(64))
         loss = build_loss("cross_entropy", data.counts)
-        return model, fit(model, data, recipe, "uniform", loss, 0, folder, say=lambda line: None)
+        return model, fit(model, data, recipe, "uniform", loss, 0, folder)
 
-    model, history = simclr(tmp_path / "one", data)
-    assert history[-1]["loss"] < history[0]["loss"] and history[-1]["train_accuracy"] > 40
-    assert history[-1]["val_accuracy"] > 70
-    assert_same(model, simclr(tmp_path / "two", replace(data, splits=unlabelled))[0])
+    one = simclr(tmp_path / "one", data)
+    first, last = one[1][0], one[1][-1]
+    assert last["loss"] < first["loss"] and last["train_accuracy"] > 40 and last["val_accuracy"] > 70
+    assert_same(one, simclr(tmp_path / "two", replace(data, splits=unlabelled)))
 
 
-def test_same_seed_same_weights(tmp_path):
-    assert_same(run_fit(tmp_path / "a")[0], run_fit(tmp_path / "b")[0])
-    other, _ = run_fit(tmp_path / "c", seed=1)
-    assert not torch.equal(other.classifier.weight, run_fit(tmp_path / "a")[0].classifier.weight)
+def test_same_seed_same_weights(tmp_path, whole):
+    assert_same(run_fit(tmp_path / "again"), whole)
+    other, _ = run_fit(tmp_path / "other", seed=1)
+    assert not torch.equal(other.classifier.weight, whole[0].classifier.weight)
 
 
 def test_backbone_and_classifier_have_their_own_learning_rates(tmp_path):
-    slow = RECIPE.model_copy(update={"learning_rate": 1e-9, "weight_decay": 0.0, "epochs": 1})
-    model, _ = run_fit(tmp_path, slow)
+    model, _ = run_fit(tmp_path, learning_rate=1e-9, weight_decay=0.0, epochs=1)
     start = fresh()
     for a, b in zip(model.backbone.parameters(), start.backbone.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert not torch.allclose(model.classifier.weight, start.classifier.weight, atol=1e-3)
 
 
-def test_frozen_backbone_does_not_move_at_all(tmp_path):
-    model, _ = run_fit(tmp_path, RECIPE.model_copy(update={"learning_rate": 0.0, "epochs": 1}))
-    start = fresh()
-    for (name, a), b in zip(
-        model.backbone.state_dict().items(), start.backbone.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name  # batch-norm statistics included
-    assert not torch.equal(model.classifier.weight, start.classifier.weight)
+def test_infinite_loss_is_an_error(tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 1: lower the learning rate"):
+        run_fit(tmp_path, learning_rate=1e30, classifier_learning_rate=1e30)
+
+
+# ---------------------------------------------------------------- resuming
 
 
 class Killed(BaseException):
     """Stands for a kill inside the process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("step_of_death", [0, 1, 3, 7, 13, 20])
-def test_resume_after_death_at_any_step_is_exact(tmp_path, monkeypatch, step_of_death):
-    whole, history = run_fit(tmp_path / "whole")
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)  # a checkpoint after every step
-    seen = []
+def killed_after(steps: int, run: Callable[[], object]) -> None:
+    """`run` killed in the step after so many, with a checkpoint after every step."""
+    augment, left = train.augment, [None] * steps
 
-    def dying(*arguments):
-        if len(seen) == step_of_death:
+    def dying(*arguments: object) -> object:
+        if not left:
             raise Killed
-        seen.append(arguments)
+        left.pop()
         return augment(*arguments)
 
-    augment = train.augment
-    monkeypatch.setattr(train, "augment", dying)
-    with pytest.raises(Killed):
-        run_fit(tmp_path / "killed")
-    monkeypatch.setattr(train, "augment", augment)
-    resumed, resumed_history = run_fit(tmp_path / "killed")
-    assert_same(whole, resumed)
-    for one, two in zip(history, resumed_history, strict=True):
-        assert one == pytest.approx(two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAVE_EVERY", -1)
+        patch.setattr(train, "augment", dying)
+        with pytest.raises(Killed):
+            run()
 
 
-def test_resume_while_rsg_generates_is_exact(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [0, 1, 3, 7, 13, 20])
+def test_resume_after_death_at_any_step_is_exact(tmp_path, whole, steps):
+    killed_after(steps, lambda: run_fit(tmp_path))
+    assert_same(run_fit(tmp_path), whole)
+
+
+def test_resume_while_rsg_generates_is_exact(tmp_path):
     """RSG and its loss change four fifths into training; the causal norm classifier follows a mean."""
 
-    def run(folder: Path) -> tuple[Model, list]:
+    def run(folder: Path) -> Run:
         torch.manual_seed(0)
         backbone = build_backbone("digits_net")
-        generator = RSG(backbone.last_stage_channels, load_dataset("digits").counts)
-        model = Model(backbone, build_classifier("causal_norm", 64, 10), generator)
-        return run_fit(folder, RECIPE.model_copy(update={"epochs": 5}), model=model, loss="rsg")
+        rsg = RSG(backbone.last_stage_channels, load_dataset("digits").counts)
+        model = Model(backbone, build_classifier("causal_norm", 64, 10), rsg)
+        return run_fit(folder, model=model, loss="rsg", epochs=5)
 
-    whole, history = run(tmp_path / "whole")
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)
-    augment, left = train.augment, [31]  # 7 steps an epoch: in the middle of the last
+    killed_after(31, lambda: run(tmp_path / "killed"))  # 7 steps an epoch: in the middle of the last
+    resumed = run(tmp_path / "killed")
+    assert_same(resumed, run(tmp_path / "whole"))
+    assert resumed[0].rsg.generating and resumed[0].classifier.direction.abs().sum() > 0
 
-    def dying(*arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return augment(*arguments)
 
-    monkeypatch.setattr(train, "augment", dying)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed")
-    monkeypatch.setattr(train, "augment", augment)
-    resumed, resumed_history = run(tmp_path / "killed")
-    assert_same(whole, resumed)
-    assert [entry["loss"] for entry in history] == pytest.approx([entry["loss"] for entry in resumed_history])
-    assert resumed.generator.generating and resumed.classifier.direction.abs().sum() > 0
+DYING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from lt_core import train
+from test_train import run_fit
+
+folder, dies = Path(sys.argv[2]), sys.argv[3] == "dies"
+train.SAVE_EVERY = 0.02
+
+def written():
+    return (folder / "last.pt").stat().st_mtime_ns if (folder / "last.pt").exists() else 0
+
+def watch(before):
+    while written() == before:
+        time.sleep(0.013)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if dies:
+    threading.Thread(target=watch, args=(written(),), daemon=True).start()
+run_fit(folder, epochs=8)
+"""
 
 
 def test_resume_after_sigkill_is_exact(tmp_path):
     """A real process, killed three times while it trains and saves."""
-    script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from lt_core import train; train.SAVE_EVERY = 0.02\n"
-        "from test_train import run_fit, RECIPE\n"
-        "run_fit(Path(sys.argv[1]), RECIPE.model_copy(update={'epochs': 8})); print('finished')\n"
-    )
-    folder, tests = tmp_path / "killed", Path(__file__).parent
-    command = [sys.executable, "-c", script, str(folder), str(tests)]
-    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
-
-    def progress() -> tuple[int, int]:
-        if not (folder / "last.pt").exists():
-            return (0, 0)
-        state = load_checkpoint(folder / "last.pt")  # also: a checkpoint is whole at every moment
-        return (state["epoch"], state["step"])
-
-    kills = 0
+    last, environment = tmp_path / "killed" / "last.pt", os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    command = [sys.executable, "-c", DYING, str(Path(__file__).parent), str(last.parent)]
+    reached = []
     for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-        before, deadline = progress(), time.monotonic() + 60
-        while progress() <= before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    assert kills >= 2
-    assert b"finished" in subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-    whole, _ = run_fit(tmp_path / "whole", RECIPE.model_copy(update={"epochs": 8}))
-    for name, value in load_checkpoint(folder / "last.pt")["model"].items():
-        assert torch.equal(value, whole.state_dict()[name]), name
+        assert subprocess.run([*command, "dies"], env=environment).returncode == -signal.SIGKILL
+        state = load_checkpoint(last)  # whole at every moment
+        reached.append((state["epoch"], state["step"]))
+    assert reached == sorted(set(reached)) and reached[-1] < (8, 0)
+    subprocess.run([*command, "lives"], env=environment, check=True)
+    expected = run_fit(tmp_path / "whole", epochs=8)[0].state_dict()
+    for name, value in load_checkpoint(last)["model"].items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"PK\3\4 cut short")
+    with pytest.raises(CacheError, match="last.pt cannot be read .*delete it to start again"):
+        run_fit(tmp_path)
 
 
 @pytest.mark.slow
@@ -248,19 +238,80 @@ def test_two_processes_train_one_model(tmp_path):
     }
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("epoch 30/30") == 1
+    assert (result.stdout + result.stderr).count("epoch 30/30") == 1
     cache = load_cache(tmp_path / "caches" / "digits" / "sqrt" / "seed0")
     assert cache.meta["accuracies"]["last"]["test"]["classifier"]["total"] > 85
 
 
-def test_infinite_loss_is_an_error(tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 1: lower the learning rate"):
-        run_fit(tmp_path, RECIPE.model_copy(update={"learning_rate": 1e30, "classifier_learning_rate": 1e30}))
+# ---------------------------------------------------------------- features
+
+EPOCHS, BATCH, RATE, DECAY, MOMENTUM = 5, 16, 0.1, 0.01, 0.8
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    run_fit(tmp_path)
-    whole = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CacheError, match="last.pt cannot be read .*delete it to start again"):
-        run_fit(tmp_path)
+def features_of(seed: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [M, 8] around six close centres, and labels [M] with a long tail."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (6 * torch.rand(images, generator=generator) ** 2).long()
+    return torch.eye(6, 8)[labels] + 0.5 * torch.randn(images, 8, generator=generator), labels
+
+
+def head_of(kind: str) -> torch.nn.Module:
+    torch.manual_seed(3)
+    return build_classifier(kind, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "loss"),
+    [
+        ("cosine", "square_root", "cross_entropy"),
+        ("dot_product", "class_aware", "lade"),
+        ("cosine_fixed", "uniform", "ldam_drw"),  # whose class weights come in late
+    ],
+)
+def test_a_head_is_trained_by_plain_sgd(kind, sampler, loss):
+    (features, labels), val, best = features_of(0, 200), features_of(1, 90), {}
+    head, loss = head_of(kind), build_loss(loss, torch.bincount(labels))
+    arguments = sampler, RATE, EPOCHS, BATCH, DECAY, MOMENTUM, 7
+    before = torch.random.get_rng_state()
+    history = fit_head(head, features, labels, loss, *arguments, val=val, best=best)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    plain = head_of(kind)
+    weights, states, accuracies = list(plain.parameters()), [], []
+    velocity = [torch.zeros_like(weight) for weight in weights]
+    for epoch in range(EPOCHS):
+        loss.begin_epoch(epoch / EPOCHS)
+        losses = []
+        for step, rows in enumerate(epoch_batches(sampler, labels, BATCH, 7, epoch)):
+            value = loss(plain(features[rows]), labels[rows])
+            gradients = torch.autograd.grad(value, weights)
+            rate = RATE * lr_at(12 * epoch + step, 12 * EPOCHS)
+            with torch.no_grad():
+                for weight, speed, gradient in zip(weights, velocity, gradients, strict=True):
+                    weight -= rate * speed.mul_(MOMENTUM).add_(gradient + DECAY * weight)
+            losses.append(value.item())
+        states.append({name: value.clone() for name, value in plain.state_dict().items()})
+        accuracies.append(100 * (plain(val[0]).argmax(1) == val[1]).double().mean().item())
+        assert history[epoch]["loss"] == pytest.approx(sum(losses) / 12)
+    assert [entry["val_accuracy"] for entry in history] == accuracies
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+    for found, expected in ((head.state_dict(), states[-1]), (best["state"], states[best["epoch"] - 1])):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
+
+
+def test_what_is_frozen_in_a_head_stays():
+    features, labels = features_of(0, 200)
+    head, start = head_of("dot_product"), head_of("dot_product")
+    head.weight.requires_grad_(False)
+    loss = build_loss("focal", torch.bincount(labels))
+    history = fit_head(head, features, labels, loss, "uniform", 0.1, batch_size=BATCH)
+    assert torch.equal(head.weight, start.weight) and not torch.equal(head.bias, start.bias)
+    assert len(history) == 10 and set(history[0]) == {"epoch", "loss", "train_accuracy"}
+
+
+def test_a_head_that_diverges_says_so():
+    features, labels = features_of(0, 200)
+    loss = build_loss("cross_entropy", torch.bincount(labels))
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at learning rate 1e\+30: lower it"):
+        fit_head(head_of("dot_product"), features, labels, loss, "uniform", 1e30, batch_size=BATCH)

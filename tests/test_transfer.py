@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lt_core.errors import InputError
+from lt_core.checks import InputError
 from lt_core.transfer import (
     attention,
     continual_classifier,
@@ -111,7 +111,7 @@ def test_prototypes_by_hand():
 def test_prototypes_of_more_rows_than_one_block(monkeypatch):
     features, labels = np.random.default_rng(0).normal(size=(50, 3)), np.arange(50) % 4
     whole = prototypes(features, labels, 4)
-    monkeypatch.setattr("lt_core.transfer.ROWS", 7)
+    monkeypatch.setattr("lt_core.transfer.FEATURE_BLOCK", 7)
     torch.testing.assert_close(prototypes(features, labels, 4), whole)
 
 
@@ -215,9 +215,8 @@ def test_rows_of_excluded_classes_are_never_read(bad):
 def test_blocks_of_queries_do_not_change_the_result(monkeypatch):
     p, w, counts = random_case(7)
     whole = knowledge_transfer(p, w, counts)
-    for queries, keys in ((1, 3), (2, 1), (3, 2)):
-        monkeypatch.setattr("lt_core.transfer.QUERIES", queries)
-        monkeypatch.setattr("lt_core.transfer.KEYS", keys)
+    for queries in (1, 2, 3):
+        monkeypatch.setattr("lt_core.transfer.QUERY_BLOCK", queries)
         torch.testing.assert_close(knowledge_transfer(p, w, counts), whole)
 
 
@@ -277,8 +276,8 @@ def test_new_classes_ask_the_known_ones():
 def test_blocks_of_images_do_not_change_the_probabilities(monkeypatch):
     p, w, _ = random_case(13)
     whole = ensemble_probabilities(p, [w, p])
-    monkeypatch.setattr("lt_core.transfer.IMAGES", 2)
-    monkeypatch.setattr("lt_core.transfer.SCORES", 1)
+    monkeypatch.setattr("lt_core.transfer.LEAST_IMAGES", 2)
+    monkeypatch.setattr("lt_core.transfer.SCORES_BLOCK", 1)
     torch.testing.assert_close(ensemble_probabilities(p, [w, p]), whole)
 
 

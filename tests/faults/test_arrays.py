@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lt_core
-from lt_core.errors import InputError
+from lt_core.checks import InputError
 
 generator = np.random.default_rng(0)
 LABELS = np.repeat(np.arange(4), [30, 25, 6, 3])

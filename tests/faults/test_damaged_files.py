@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_features import make_cache
+from test_cache import make_cache
 
-from lt_core import datasets
-from lt_core.datasets import ImageSource, decode_split, read_list
-from lt_core.errors import CacheError, DataError
+from lt_core.cache import META, TENSORS, load_cache, save_cache
+from lt_core.checks import CacheError, DataError
+from lt_core.data import datasets
+from lt_core.data.datasets import ImageSource, decode_split, read_list
 from lt_core.estimator import CompositionalTransferClassifier
-from lt_core.features import META, TENSORS, load_cache, save_cache
 from lt_core.train import load_checkpoint, save_checkpoint
 
 GIB = 2**30

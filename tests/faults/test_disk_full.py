@@ -12,9 +12,9 @@ from conftest import Disk
 from test_killed import CACHE, KILLER, TRAIN, content_of, write_notebook
 
 from lt_core import paths
-from lt_core.errors import CacheError
-from lt_core.features import load_cache
-from lt_core.notebooks import Record
+from lt_core.cache import load_cache
+from lt_core.checks import CacheError
+from lt_core.runner import Record
 
 
 def is_one_clear_error(done: subprocess.CompletedProcess) -> bool:
@@ -65,11 +65,11 @@ import sys
 from pathlib import Path
 import torch
 from lt_core import paths
-from lt_core.errors import LTError
+from lt_core.checks import LTError
 sys.path.insert(0, sys.argv[2])
 folder = Path(sys.argv[1])
-from test_features import make_cache
-from lt_core.features import load_cache, save_cache
+from test_cache import make_cache
+from lt_core.cache import load_cache, save_cache
 from lt_core.train import save_checkpoint
 big = make_cache(splits={"test": (torch.randn(4000, 8), torch.arange(4000) % 4)})
 for write in (

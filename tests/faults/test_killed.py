@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from lt_core import paths
-from lt_core.errors import CacheError
-from lt_core.features import load_cache, read_meta
-from lt_core.notebooks import Record
+from lt_core.cache import load_cache, read_meta
+from lt_core.checks import CacheError
+from lt_core.runner import Record
 
 KILLER = Path(__file__).with_name("killed_writer.py")
 TRAIN = ("train", "--profile", "digits", "--backbone", "sqrt")
@@ -103,7 +103,7 @@ def write_notebook(folder: Path, seconds: float) -> None:
         nbformat.v4.new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(FIGURE.replace("SECONDS", str(seconds)), id="table"),
     ]
-    declared = {"produces": ["A.csv"], "backbones": [], "reads": []}
+    declared = {"produces": ["A.csv"], "backbones": []}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     folder.mkdir(exist_ok=True)
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "lt_core": declared})

@@ -14,8 +14,7 @@ from conftest import mount
 from test_killed import write_notebook
 
 from lt_core import paths, runner
-from lt_core.notebooks import Record
-from lt_core.runner import Options
+from lt_core.runner import Options, Record
 
 NOTEBOOK = "00"
 
@@ -102,14 +101,14 @@ def test_a_missing_kernel_is_named(
 ) -> None:
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
     write_notebook(tmp_path / "notebooks", seconds=0)
-    wait_for = runner._Processes.wait_for
+    wait_for = runner.Processes.wait_for
 
     def another_kernel(self, command: list[str], *rest: object) -> int:
         return wait_for(
             self, [word.replace("python3", "gone") if word == "python3" else word for word in command], *rest
         )
 
-    monkeypatch.setattr(runner._Processes, "wait_for", another_kernel)
+    monkeypatch.setattr(runner.Processes, "wait_for", another_kernel)
     assert runner.run(Options(profile="digits"), tmp_path / "notebooks") == 1
     record = Record.load(paths.reports("digits"), "01_table")
     assert record.status == "failed" and "No such kernel named gone" in record.error

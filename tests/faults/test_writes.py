@@ -18,14 +18,15 @@ import torch
 from dying import at_file_use, forked, kill_me, limit_files
 from PIL import Image
 
-from lt_core import paths, site
-from lt_core.datasets import ImageSource, decode_split
-from lt_core.errors import CacheError, DataError
+from lt_core import classifiers, site
+from lt_core.cache import FeatureCache, load_cache, save_cache
+from lt_core.checks import CacheError
+from lt_core.classifiers import Prediction
+from lt_core.data.datasets import ImageSource, decode_split
 from lt_core.estimator import CompositionalTransferClassifier
-from lt_core.features import FeatureCache, load_cache, save_cache
-from lt_core.notebooks import Record
-from lt_core.report.figures import save_figure
-from lt_core.report.tables import COLUMNS, load_table, save_table
+from lt_core.figures import save_figure
+from lt_core.runner import Record
+from lt_core.tables import COLUMNS, NUMBERS, save_table
 from lt_core.train import load_checkpoint, save_checkpoint
 
 
@@ -79,32 +80,52 @@ def read_decoded(folder: Path) -> int | None:
     return 1
 
 
-def table(version: int) -> pd.DataFrame:
-    row = dict.fromkeys(COLUMNS) | {"table": "T1", "row": "x", "group": "many", "reproduced": float(version)}
-    return pd.DataFrame([row], columns=COLUMNS)
+def table(folder: Path, version: int) -> None:
+    row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(NUMBERS, np.nan)
+    row |= {
+        "table": "T1",
+        "row": "x",
+        "group": "total",
+        "rule": "paper",
+        "reproduced": float(version),
+        "n": 1,
+    }
+    save_table(pd.DataFrame([row]), folder)
 
 
 def read_table(folder: Path) -> int | None:
-    try:
-        return int(load_table("T1", "digits").reproduced[0])
-    except DataError as error:
-        assert "is missing" in str(error)
-        return None
+    """The version in T1.csv; the files made from it are whole, too."""
+    for path in folder.glob("T1.tex"):
+        assert path.read_text().endswith("\\end{tabular}\n")
+    for path in (*folder.glob("T1.md"), *folder.glob("T1_wide.csv")):
+        assert path.read_text().endswith("\n")
+    path = folder / "T1.csv"
+    return int(pd.read_csv(path)["reproduced"].iloc[0]) if path.exists() else None
 
 
 def figure(folder: Path, version: int) -> None:
     nothing = plt.figure(figsize=(0.3, 0.3))  # quickly drawn
-    save_figure(nothing, "F1", "digits", pd.DataFrame({"y": [version] * 50}), "nothing")
+    save_figure(nothing, folder / "F1", pd.DataFrame({"y": [version] * 50}), "nothing")
 
 
 def read_figure(folder: Path) -> int | None:
-    place = paths.figures("digits")
-    for path in place.glob("F1.png"):
+    for path in folder.glob("F1.png"):
         Image.open(path).load()
-    for path in place.glob("F1.svg"):
+    for path in folder.glob("F1.svg"):
         assert path.read_text().rstrip().endswith("</svg>")
-    path = place / "F1.csv"
+    path = folder / "F1.csv"
     return int(pd.read_csv(path).y.loc[49]) if path.exists() else None
+
+
+def prediction(folder: Path, version: int) -> None:
+    classifiers._write(folder / "p.npz", Prediction(np.full(300, version), {"tau": 1.0}, [], 0.5))
+
+
+def read_prediction(folder: Path) -> int | None:
+    """One that is there is whole, so it is not made again."""
+    found = classifiers._read(folder / "p.npz", 2)
+    assert (found is None) == (not (folder / "p.npz").exists())
+    return None if found is None else int(found.classes[299])
 
 
 def read_record(folder: Path) -> int | None:
@@ -114,11 +135,12 @@ def read_record(folder: Path) -> int | None:
 
 def index(folder: Path, version: int) -> None:
     profile = SimpleNamespace(name="digits", description="x")
-    site.write_index(profile, [Record("01_a", "A", "ok", produces=["T1.csv"])], version, 1.0)
+    record = Record("01_a", "A", "ok", products={"T1.csv": "0"})
+    site.write_index(profile, folder, [record], {}, float(version))
 
 
 def read_index(folder: Path) -> int | None:
-    path = paths.reports("digits") / "index.html"
+    path = folder / "index.html"
     if not path.exists():
         return None
     assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
@@ -135,7 +157,8 @@ WRITERS = {
     ),
     "stored classifier": Writer(save_model, read_model),
     "decoded images": Writer(decoded, read_decoded),
-    "table": Writer(lambda folder, version: save_table(table(version), "digits"), read_table),
+    "prediction": Writer(prediction, read_prediction),
+    "table": Writer(table, read_table),
     "figure": Writer(figure, read_figure),
     "record of a notebook": Writer(
         lambda folder, version: Record("01_a", "A", "ok", seconds=float(version)).save(folder), read_record
@@ -152,7 +175,7 @@ def kind(request) -> str:
 @pytest.fixture
 def writer(kind, tmp_path, monkeypatch) -> Writer:
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
-    monkeypatch.setattr(site, "facts", lambda seed, seconds: {})  # asks git, in a process of its own
+    monkeypatch.setattr(site, "facts", lambda last: {})  # asks git, in a process of its own
     (tmp_path.parent / "pets").mkdir(exist_ok=True)
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path.parent / "pets" / "a.png")
     return WRITERS[kind]

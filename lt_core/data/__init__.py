@@ -1,0 +1,1 @@
+"""Profiles, data sets, image files, public weights, WordNet, many processes."""

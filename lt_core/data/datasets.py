@@ -1,0 +1,519 @@
+"""Long-tail data sets: images uint8 [M, H, W, C] or files, labels [M], class names, training counts.
+
+Images of the small data sets are decoded once, in parallel, from a folder or archives into one array cached
+on disk; those of ImageNet-LT and Places-LT stay files (`image_files`). The lists that make a balanced data
+set long-tailed follow one stated rule (`long_tail_lists`) and are read where the data root has them.
+
+    data = load_dataset("tiny_imagenet_lt", data_root="data")
+    data.splits["train"].images, data.counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lt_core import paths
+from lt_core.checks import DataError, InputError, first_line, unknown
+from lt_core.data import official
+from lt_core.data.image_files import ImageFiles
+from lt_core.data.profiles import load_profile
+
+Record = tuple[str, int]  # path below the image folder, label
+SPLITS = ["train", "val", "test"]
+SAMPLE = 1000  # images of a split of files that `check-data --deep` decodes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [M, H, W, C] as uint8 or as files (or features [M, F] as float32) with labels [M] (int64)."""
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Named splits (`train`, `val`, `test`) over the same classes."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    wnids: tuple[str, ...] | None = None  # WordNet 3.0 identifiers, where the classes are synsets
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def counts(self) -> Tensor:
+        """Training images per class [N]."""
+        return torch.bincount(self.splits["train"].labels, minlength=self.num_classes)
+
+
+# ---------------------------------------------------------------- the long-tail rule
+
+
+def pareto_counts(
+    num_classes: int = 200, largest: int = 480, smallest: int = 5, alpha: float = 6.0
+) -> np.ndarray:
+    """Counts [N], largest first: scaled Pareto (Lomax) quantiles (Tiny-ImageNet-LT)."""
+    quantiles = (1 - (np.arange(num_classes) + 0.5) / num_classes) ** (-1 / alpha) - 1
+    quantiles = np.sort(quantiles)[::-1] / quantiles.max()
+    return np.clip(np.round(quantiles * largest), smallest, largest).astype(int)
+
+
+def exponential_counts(num_classes: int = 100, largest: int = 480, smallest: int = 5) -> np.ndarray:
+    """Counts [N], largest first, falling geometrically from `largest` to `smallest` (CIFAR-100-LT)."""
+    steps = np.arange(num_classes) / (num_classes - 1)
+    return np.round(largest * (smallest / largest) ** steps).astype(int)
+
+
+def long_tail_lists(files: list[list[str]], sorted_counts: np.ndarray, images_per_class: int = 500) -> dict:
+    """Lists {"train", "val", "balanced"} of (path, label) from each class's files, by the repository's rule.
+
+    One generator (NumPy's RandomState(0)) lays the sorted counts on the classes, then shuffles each class's
+    files, sorted by name: the first n_c are training images, the last 20 validation images, the first 100
+    the balanced pre-training subset. Raises DataError unless each class has `images_per_class` files.
+    """
+    generator = np.random.RandomState(0)
+    counts = sorted_counts[generator.permutation(len(files))]
+    lists: dict[str, list[Record]] = {"train": [], "val": [], "balanced": []}
+    for label, (names, count) in enumerate(zip(files, counts, strict=True)):
+        if len(names) != images_per_class:
+            raise DataError(
+                f"class {label} has {len(names)} of {images_per_class} images: the long-tail lists are made "
+                "from the full data set; for a part of it put the lists themselves into the data root"
+            )
+        shuffled = np.array(sorted(names))[generator.permutation(images_per_class)]
+        lists["train"] += [(str(name), label) for name in shuffled[:count]]
+        lists["val"] += [(str(name), label) for name in shuffled[-20:]]
+        lists["balanced"] += [(str(name), label) for name in shuffled[:100]]
+    return lists
+
+
+def read_list(path: Path) -> list[Record]:
+    """Records of a `path label` list. Raises DataError naming a line that is none or points upwards."""
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        name, _, label = line.strip().rpartition(" ")
+        if not name or "\0" in name or not label.isdecimal() or len(label) > 9:
+            raise DataError(f"{path}, line {number}: expected `path label`, found {line[:80]!r}")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{path}, line {number}: {name!r} points out of the data set")
+        records.append((str(PurePosixPath(name)), int(label)))
+    if not records:
+        raise DataError(f"the list {path} is empty")
+    return records
+
+
+# ---------------------------------------------------------------- where images come from
+
+
+class ImageSource:
+    """The files of one folder of the data root: unpacked there, in .tar or .tar.gz archives, or part in each.
+
+    Archives are read in place, never unpacked. A file that several places hold is read from the first: the
+    folder, then the archives by name. Raises DataError where there is neither, or an archive is damaged.
+    """
+
+    def __init__(self, root: Path, folder: str) -> None:
+        archives = [*root.glob(f"{folder}*.tar"), *root.glob(f"{folder}*.tar.gz")]
+        self.places = [place for place in (root / folder, *sorted(archives)) if place.exists()]
+        if not self.places:
+            raise DataError(f"{root} has neither the folder {folder} nor an archive {folder}*.tar or .tar.gz")
+        # Where each file lies: in which place, and as which member of an archive.
+        self._found: dict[str, tuple[Path, tarfile.TarInfo | None]] = {}
+        for place in reversed(self.places):
+            with _readable(place):
+                self._found |= {name: (place, member) for name, member in _files_in(place, folder)}
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.places))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Paths of all files below the folder."""
+        return self._found.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def contents(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Each of these files once with its content, in the order in which archives hold them.
+
+        That order is the only quick one in a compressed archive. Raises DataError naming a file that is
+        missing or cut short.
+        """
+        wanted = set(names)
+        if missing := wanted - self._found.keys():
+            raise DataError(f"{min(missing)} is missing in {self}")
+        for place in self.places:
+            here = [(name, member) for name, (at, member) in self._found.items() if at == place]
+            with nullcontext() if place.is_dir() else tarfile.open(place) as archive:
+                for name, member in here:
+                    if name not in wanted:
+                        continue
+                    with _readable(f"{name} in {place}"):
+                        file = place / name
+                        content = archive.extractfile(member).read() if archive else file.read_bytes()
+                    yield name, content
+
+    def read(self, name: str) -> bytes:
+        """Content of one file; raises DataError as `contents` does."""
+        ((_, content),) = self.contents([name])
+        return content
+
+    def text(self, name: str) -> str:
+        """Content of a text file; raises DataError naming it when it is missing or not UTF-8."""
+        content = self.read(name)
+        with _readable(f"{name} in {self}"):
+            return content.decode()
+
+    def stamp(self, names: Iterable[str]) -> list[tuple[str, int, int]]:
+        """What changes when these files do: path, size and time of change of each, or of its archive."""
+        found = {name: self._found[name] for name in names if name in self}
+        held = {place if member else place / name for name, (place, member) in found.items()}
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(held)]
+
+
+def _files_in(place: Path, folder: str) -> Iterator[tuple[str, tarfile.TarInfo | None]]:
+    """Path below the folder of each file of a directory or an archive, and its member of the archive."""
+    if place.is_dir():
+        yield from ((path.relative_to(place).as_posix(), None) for path in place.rglob("*") if path.is_file())
+        return
+    with tarfile.open(place) as archive:
+        for member in archive:
+            if member.isfile() and member.name.startswith(f"{folder}/"):
+                yield member.name.removeprefix(f"{folder}/"), member
+
+
+@contextmanager
+def _readable(what: object) -> Iterator[None]:
+    """Turns whatever a damaged file raises (tarfile, gzip and zlib have many kinds) into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what} cannot be read: {first_line(error)}") from None
+
+
+def decode(content: bytes, size: int, name: str = "image") -> np.ndarray:
+    """One image as uint8 [size, size, 3]: short side resampled to `size`, centre cut. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                scale = size / min(image.size)
+                image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                image = image.crop((left, top, left + size, top + size))
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is not a readable image: {error}") from None
+
+
+def decode_split(source: ImageSource, records: list[Record], size: int, label: str) -> Split:
+    """All images of a list, decoded in parallel on first use and read from the disk cache afterwards.
+
+    The cache's file is named after the list and the state of the files; label: how its name begins.
+    """
+    names = [name for name, _ in records]
+    key = hashlib.sha256(json.dumps([names, size, source.stamp(names)]).encode()).hexdigest()[:16]
+    path = paths.decoded() / "decoded" / f"{label}-{size}px-{key}.npy"
+    shape = (len(names), size, size, 3)
+    images = _read_array(path, shape)
+    if images is None:
+        images = np.empty(shape, dtype=np.uint8)
+        rows = defaultdict(list)
+        for row, name in enumerate(names):
+            rows[name].append(row)
+
+        def fill(file: tuple[str, bytes]) -> None:
+            name, content = file
+            images[rows[name]] = decode(content, size, f"{name} in {source}")
+
+        # This thread reads, file by file in the order of an archive; the others decode.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, source.contents(rows)))
+        with paths.atomic(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, images)
+    labels = torch.tensor([label for _, label in records])
+    return Split(torch.from_numpy(images), labels)
+
+
+def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
+    try:
+        # Mapped first: a header that claims more than the file holds claims no memory.
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError):
+        return None
+    return np.array(images) if images.shape == shape and images.dtype == np.uint8 else None
+
+
+# ---------------------------------------------------------------- the data sets
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set before its images are decoded: where they are and which image is in which split."""
+
+    name: str
+    source: ImageSource | official.ImageTree
+    lists: dict[str, list[Record]]  # train, val, test
+    class_names: tuple[str, ...]
+    size: int  # pixels, of the decoded images; 0: they stay files, which an ImageTree holds
+    wnids: tuple[str, ...] | None = None
+
+
+def check_listing(listing: Listing) -> None:
+    """Raises DataError for labels outside the classes, classes without training images, missing files.
+
+    All missing files are named in `.cache/missing-<data set>.txt`.
+    """
+    classes = listing.class_names
+    for split, records in listing.lists.items():
+        labels = {label for _, label in records}
+        where = f"{listing.name}: the {split} list"
+        if max(labels) >= len(classes):
+            raise DataError(f"{where} has label {max(labels)}, but there are {len(classes)} classes")
+        if split == "train" and (absent := set(range(len(classes))) - labels):
+            raise DataError(f"{where} has no image of class {min(absent)} ({classes[min(absent)]})")
+    missing = {
+        split: names
+        for split, records in listing.lists.items()
+        if (names := [name for name, _ in records if name not in listing.source])
+    }
+    if missing:
+        split, names = next(iter(missing.items()))
+        every = [name for names in missing.values() for name in names]
+        report = paths.decoded() / f"missing-{listing.name}.txt"
+        with paths.atomic(report) as temporary:
+            temporary.write_text("\n".join(every) + "\n", encoding="utf-8")
+        raise DataError(
+            f"{listing.name}: the {split} list names {len(listing.lists[split])} images, of which "
+            f"{len(names)} are missing in {listing.source}, first {names[0]}; of all lists {len(every)} are, "
+            f"named in {report}: unpack or copy these"
+        )
+
+
+def decode_listing(listing: Listing) -> Dataset:
+    """The data set with its images as arrays or files; raises DataError as `check_listing`, `decode` do."""
+    check_listing(listing)
+    splits = {}
+    for split, records in listing.lists.items():
+        if listing.size:
+            splits[split] = decode_split(listing.source, records, listing.size, f"{listing.name}-{split}")
+        else:
+            files = ImageFiles(listing.source.path, np.array([name for name, _ in records]))
+            splits[split] = Split(files, torch.tensor([label for _, label in records]))
+    return Dataset(listing.name, listing.class_names, splits, listing.wnids)
+
+
+def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[str, list[Record]]]) -> dict:
+    """The lists `<prefix>_<name>.txt` of the data root; where there are none, those of `make()`."""
+    found = {name: root / f"{prefix}_{name}.txt" for name in names}
+    if any(path.is_file() for path in found.values()):
+        return {name: read_list(path) for name, path in found.items()}
+    made = make()
+    return {name: made[name] for name in names}
+
+
+def _by_folder(source: ImageSource) -> dict[str, list[str]]:
+    """Paths of the files of each folder, sorted."""
+    folders = defaultdict(list)
+    for name in sorted(source.names):
+        folders[name.rpartition("/")[0]].append(name)
+    return folders
+
+
+def tiny_imagenet_classes(source: ImageSource) -> tuple[list[str], list[str]]:
+    """Tiny-ImageNet's wnids in the order of wnids.txt and the first English name of each."""
+    wnids = source.text("wnids.txt").split()
+    words = dict(line.split("\t", 1) for line in source.text("words.txt").splitlines() if "\t" in line)
+    return wnids, [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+
+
+def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list[Record]]:
+    """Tiny-ImageNet-LT's lists from the full tree; test = the official validation images."""
+    folders = _by_folder(source)
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    test = []
+    for number, line in enumerate(source.text("val/val_annotations.txt").splitlines(), start=1):
+        image, wnid = [*line.split(), "", ""][:2]
+        if wnid not in label_of:
+            raise DataError(f"val_annotations.txt in {source}, line {number}: no known class in {line!r}")
+        test.append((f"val/images/{image}", label_of[wnid]))
+    images = [folders[f"train/{wnid}/images"] for wnid in wnids]
+    return long_tail_lists(images, pareto_counts(len(wnids))) | {"test": test}
+
+
+def _tiny_imagenet(root: Path, name: str, names: list[str], size: int) -> Listing:
+    source = ImageSource(root, "tiny-imagenet-200")
+    wnids, words = tiny_imagenet_classes(source)
+    lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
+    if "balanced" in lists:
+        lists["train"] = lists.pop("balanced")
+    return Listing(name, source, lists, tuple(words), size, tuple(wnids))
+
+
+def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
+    """CIFAR-100-LT's lists (val-20 variant) from the full tree of PNG files."""
+    folders = _by_folder(source)
+    made = long_tail_lists([folders[f"train/{name}"] for name in classes], exponential_counts(len(classes)))
+    test = [(file, label) for label, name in enumerate(classes) for file in folders[f"test/{name}"]]
+    return made | {"test": test}
+
+
+def _cifar100_lt(root: Path) -> Listing:
+    source = ImageSource(root, "cifar-100-images")
+    classes = sorted({name.split("/")[1] for name in source.names if name.startswith("train/")})
+    lists = _listed(root, "CIFAR100_LT", SPLITS, lambda: cifar100_lists(source, classes))
+    return Listing("cifar100_lt", source, lists, tuple(name.replace("_", " ") for name in classes), 32)
+
+
+def _official(root: Path, name: str, whole: bool = True) -> Listing:
+    """ImageNet-LT or Places-LT; unless `whole`, with lists of any length, for a trial run on a part."""
+    from lt_core.data.wordnet import synset_of  # takes seconds to import, and no other data set needs it
+
+    files = official.list_files(name, root)
+    images = official.normalised({split: read_list(path) for split, path in files.items()})
+    if whole:
+        official.check_official(name, images)
+    source = official.ImageTree(root / official.OFFICIAL[name].folder)
+    lists = {
+        split: list(zip(official.located(name, rows, source), [row.label for row in rows], strict=True))
+        for split, rows in images.items()
+    }
+    folders = official.class_folders(images["train"])
+    wnids = tuple(folders) if name == "imagenet_lt" else None
+    names = [synset_of(wnid).split(".")[0] for wnid in wnids] if wnids else folders
+    words = tuple(name.replace("-", ", ").replace("_", " ") for name in names)
+    return Listing(name if whole else f"{name}_part", source, lists, words, 0, wnids)
+
+
+# ---------------------------------------------------------------- built-in data sets
+
+
+DIGIT_COUNTS = (120, 104, 75, 54, 39, 28, 20, 14, 9, 5)  # largest first
+DIGIT_VAL, DIGIT_TEST = 15, 40  # images a class
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 8 x 8 digits (1,797 images), resampled to a long tail."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(-1)
+    generator = np.random.RandomState(1)
+    counts = np.array(DIGIT_COUNTS)[generator.permutation(10)]
+    chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for label, count in enumerate(counts):
+        order = generator.permutation(np.flatnonzero(bunch.target == label))
+        chosen["test"] += order[:DIGIT_TEST].tolist()
+        chosen["val"] += order[DIGIT_TEST : DIGIT_TEST + DIGIT_VAL].tolist()
+        chosen["train"] += order[DIGIT_TEST + DIGIT_VAL :][:count].tolist()
+    labels = torch.from_numpy(bunch.target).long()
+    splits = {split: Split(images[rows], labels[rows]) for split, rows in chosen.items()}
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return Dataset("digits", names, splits)
+
+
+def _letters() -> Dataset:
+    """Generated 8 x 8 images of the letters A to Z, shifted, turned and scaled: pre-training for `digits`."""
+    generator = np.random.RandomState(0)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    fonts = {size: ImageFont.load_default(size) for size in range(44, 64)}
+    splits = {}
+    for split, per_class in (("train", 100), ("val", 20)):
+        images = [_draw_letter(letter, fonts, generator) for letter in letters for _ in range(per_class)]
+        labels = torch.arange(len(letters)).repeat_interleave(per_class)
+        splits[split] = Split(torch.from_numpy(np.stack(images)).unsqueeze(-1), labels)
+    return Dataset("letters", tuple(letters), splits)
+
+
+def _draw_letter(letter: str, fonts: dict, generator: np.random.RandomState) -> np.ndarray:
+    """One letter, drawn at 64 px and reduced to 8 x 8 grey levels."""
+    canvas = Image.new("L", (64, 64))
+    font = fonts[generator.randint(min(fonts), max(fonts) + 1)]
+    centre = tuple(32 + generator.randint(-6, 7, size=2))
+    ImageDraw.Draw(canvas).text(centre, letter, fill=255, font=font, anchor="mm", stroke_width=3)
+    canvas = canvas.rotate(generator.uniform(-15, 15), resample=Image.BICUBIC)
+    return np.asarray(canvas.resize((8, 8), Image.BOX))
+
+
+# ---------------------------------------------------------------- data sets by name
+
+
+FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
+    "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS, 64),
+    # Pre-training for the 32 px images of CIFAR.
+    "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
+        root, "tiny_imagenet_balanced", ["balanced", "val"], 32
+    ),
+    "cifar100_lt": _cifar100_lt,
+    "imagenet_lt": lambda root: _official(root, "imagenet_lt"),
+    "places_lt": lambda root: _official(root, "places_lt"),
+    "imagenet_lt_part": lambda root: _official(root, "imagenet_lt", whole=False),
+    "places_lt_part": lambda root: _official(root, "places_lt", whole=False),
+}
+BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
+
+
+def load_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
+    """The data set of that name; those made of images need a data root (or LT_DATA_ROOT).
+
+    Raises InputError for an unknown name and DataError for missing or unreadable files.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name not in FROM_IMAGES:
+        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES]))
+    return decode_listing(FROM_IMAGES[name](paths.data_root(data_root)))
+
+
+def check_data(profile: str, data_root: str | Path | None = None, deep: bool = False) -> Iterator[str]:
+    """Lines about each data set that a profile trains on; with `deep`, images are decoded too.
+
+    All of them where they are held in memory, of files SAMPLE of each split, evenly spaced. Raises DataError
+    for the first thing that is missing or wrong.
+    """
+    chosen = load_profile(profile)
+    for name in sorted({*chosen.datasets.values(), *(one.dataset for one in chosen.pretraining.values())}):
+        if name in BUILT_IN:
+            yield f"{name}: built in, nothing to check"
+            continue
+        listing = FROM_IMAGES[name](paths.data_root(data_root))
+        check_listing(listing)
+        sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
+        classes = len(listing.class_names)
+        yield f"{name}: {sizes} images of {classes} classes are there, in {listing.source}"
+        if not deep:
+            continue
+        data = decode_listing(listing)
+        if listing.size:
+            yield f"{name}: all of them can be decoded"
+            continue
+        for split in data.splits.values():
+            split.images.check(SAMPLE)
+        yield f"{name}: {SAMPLE} of each split, evenly spaced, can be decoded"

