@@ -243,7 +243,7 @@ def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
 def test_embedded_caches_are_small_and_all_belong_to_the_profile():
     files = list(paths.SHIPPED_CACHES.rglob("*.safetensors"))
     shipped = [file for file in files if file.relative_to(paths.SHIPPED_CACHES).parts[0] != "digits"]
-    assert sum(file.stat().st_size for file in shipped) < 120e6
+    assert sum(file.stat().st_size for file in shipped) < 200e6
     places = {file.parent.relative_to(paths.SHIPPED_CACHES).as_posix() for file in shipped}
     assert places == {
         f"{EMBEDDED.dataset_of(name)}/{name}/seed{seed}"
