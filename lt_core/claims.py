@@ -31,7 +31,14 @@ from lt_core import paths, results
 from lt_core.checks import InputError
 
 BOOK = paths.PACKAGE / "claims.toml"
-STATES = ("holds", "fails", "open", "untestable")
+STATES = {  # of a part and of a claim, and what several of them do
+    "holds": "hold",
+    "fails": "fail",
+    "open": "stay open",
+    "untestable": "cannot be tested",
+}
+SINGULAR = dict(zip(STATES, ("holds", "fails", "stays open", "cannot be tested"), strict=True))
+OPEN_CLAIMS = 4  # that a page shows without a click
 LINE = re.compile(r"([\w, ]+?): (.+?) ([><=]) (.+?)(?: ([+±-]) ([\d.]+))?(?: if (\w+))?")
 COLUMNS = (
     *("claim", "section", "statement", "print", "rule", "group", "state", "value", "low", "high"),
@@ -220,6 +227,13 @@ def verdicts(parts: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
+def counted(found: pd.DataFrame, where: str = "") -> str:
+    """How many claims are in each state: `27 hold here, 20 fail, 11 stay open and 10 cannot be tested`."""
+    numbers = found["state"].value_counts()
+    parts = [f"{numbers.get(s, 0)} {(STATES if numbers.get(s, 0) != 1 else SINGULAR)[s]}" for s in STATES]
+    return f"{parts[0]}{where}, {parts[1]}, {parts[2]} and {parts[3]}"
+
+
 def load_claims(out: Path, numbers: Sequence[int]) -> pd.DataFrame:
     """The verdicts of some claims as the last run of notebook 99 wrote them; empty where there is none."""
     file = out / "claims.csv"
@@ -233,7 +247,10 @@ MARKS = {"holds": "✓", "fails": "✗", "open": "○", "untestable": "?"}
 
 
 class ClaimsView:
-    """Some claims with their verdicts, as notebook 99 judged them; HTML in a notebook, text in print()."""
+    """Some claims with their verdicts, as notebook 99 judged them; HTML in a notebook, text in print().
+
+    First a line: how many are in each state, and which; then what each says, folded where they are many.
+    """
 
     def __init__(self, found: pd.DataFrame) -> None:
         self.found = found
@@ -241,18 +258,35 @@ class ClaimsView:
     def _repr_html_(self) -> str:
         if self.found.empty:
             return '<p class="note">The claims are not judged yet: run notebook 99_claims.</p>'
+        counts = "; ".join(self._of_state(state) for state in STATES if (self.found["state"] == state).any())
         lines = [
             f'<tr><td class="{c.state}"><b>{MARKS[c.state]}</b> {c.state}</td><th scope="row">'
-            f'<a href="99_claims.html#claim-{c.claim}">{c.claim}</a>. {html.escape(c.statement)}</th>'
+            f"{_link(c.claim)}. {html.escape(c.statement)}</th>"
             f"<td>{c.hold} of {c.parts} parts hold</td><td>print: {c.print}</td></tr>"
             for c in self.found.itertuples()
         ]
-        return f'<table class="claims"><tbody>{"".join(lines)}</tbody></table>'
+        is_open = " open" if len(lines) <= OPEN_CLAIMS else ""
+        return (
+            f'<p class="verdicts"><strong>Claims of the paper on this page:</strong> {counts}.</p>'
+            f"<details{is_open}><summary>What they say</summary>"
+            f'<table class="claims"><tbody>{"".join(lines)}</tbody></table></details>'
+        )
+
+    def _of_state(self, state: str) -> str:
+        """`✓ 3 hold (9, 10, 12)`."""
+        numbers = self.found["claim"][self.found["state"] == state]
+        words = STATES[state] if len(numbers) > 1 else SINGULAR[state]
+        links = ", ".join(map(_link, numbers))
+        return f'<span class="{state}">{MARKS[state]} {len(numbers)} {words}</span> ({links})'
 
     def __repr__(self) -> str:
         return "\n".join(
             f"{MARKS[c.state]} {c.claim}. {c.statement} {c.state}" for c in self.found.itertuples()
         )
+
+
+def _link(claim: int) -> str:
+    return f'<a href="99_claims.html#claim-{claim}">{claim}</a>'
 
 
 def show_claims(out: Path, numbers: Sequence[int]) -> ClaimsView:

@@ -48,6 +48,13 @@ from lt_core.transfer import TEMPERATURE
 REPLICATES = 1000
 START = "prototypes before fine-tuning"  # accuracy (total, percent) that training states in meta.json
 FIRST_RANKS = 20  # of sorted similarities, in the measure of sharpness (Figure 8)
+DATASETS = {  # as people write them
+    "tiny_imagenet_lt": "Tiny-ImageNet-LT",
+    "cifar100_lt": "CIFAR-100-LT",
+    "imagenet_lt": "ImageNet-LT",
+    "places_lt": "Places-LT",
+    "digits": "handwritten digits",
+}
 
 
 # ---------------------------------------------------------------- subjects
@@ -127,6 +134,12 @@ MEASURES: dict[str, Callable[[FeatureCache], np.ndarray]] = {
 def load(profile: str, backbone: str, seed: int) -> FeatureCache:
     """A cache of the profile, read once a process."""
     return backbones.load(profile, backbone, seed)
+
+
+def dataset_name(cache: FeatureCache) -> str:
+    """The name of a cache's data set for readers; of one of your own as the cache has it."""
+    name = cache.meta["dataset"]
+    return DATASETS.get(name, name)
 
 
 def caches_of(profile: str, backbone: str, seed: int | None = None) -> list[FeatureCache]:
@@ -303,7 +316,7 @@ def provenance(caches: list[FeatureCache]) -> str:
     left_out = "; few-shot classes left out of training" if meta["leave_out"] == "few" else ""
     minutes = sum(cache.meta.get("seconds", 0) for cache in caches) / len(caches) / 60
     return (
-        f"{meta['backbone']} on {meta['dataset']}: {meta['network']}, start {meta['start']}, "
+        f"{meta['backbone']} on {dataset_name(caches[0])}: {meta['network']}, start {meta['start']}, "
         f"{meta['classifier']} classifier, {meta['loss']}, sampler {meta['sampler']}{left_out}; "
         f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, learning rate {rates}, weight decay "
         f"{recipe['weight_decay']:g}, last epoch; seeds {', '.join(str(c.meta['seed']) for c in caches)}; "

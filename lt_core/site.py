@@ -110,6 +110,7 @@ class ReportExporter(HTMLExporter):
     def default_filters(self) -> Any:
         yield from super().default_filters()
         yield "boxed_tables", boxed_tables
+        yield "referenced", referenced
         yield "last_states", last_states
         yield "first_comment", first_comment
         yield "mathml", lambda latex: mathml(strip_delimiters(latex), display=True)
@@ -234,6 +235,21 @@ def boxed_tables(page: str) -> str:
     return re.sub(r"</table\s*>", "</table></div>", opened)
 
 
+def references() -> dict[str, str]:
+    """The BibTeX entries of docs/references.bib by anchor: `ref-16` for [16] of the paper, else the key."""
+    text = (paths.ROOT / "docs" / "references.bib").read_text(encoding="utf-8")
+    found = {}
+    for entry, key in re.findall(r"(@\w+\{(\w+),.*?\n\})", text, re.DOTALL):
+        number = re.search(r"\[(\d+)\] in the paper", entry)
+        found[f"ref-{number[1]}" if number else key] = entry
+    return found
+
+
+def referenced(page: str, index: str = "index.html") -> str:
+    """Bracket numbers in the names of rows linked to their BibTeX entry on the page `index`."""
+    return re.sub(r'(<th scope="row">[^<]*)\[(\d+)\]', rf'\1<a href="{index}#ref-\2">[\2]</a>', page)
+
+
 def last_states(text: str) -> str:
     """Printed text as a terminal shows it: what a carriage return overwrites is gone."""
     return re.sub(r"[^\n]*\r(?!\n)", "", text)
@@ -281,6 +297,7 @@ def write_index(
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
         verdict=next((line["answer"] for line in lines if line["name"] == "99_claims"), ""),
         lines=lines,
+        references=references(),
         facts=facts(last),
     )
     with paths.atomic(reports / "index.html") as temporary:
@@ -313,7 +330,9 @@ def write_summary(figures: Path, notebooks: list[tuple[str, str, list[str]]], ta
         )
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
     verdict = inline(figures / "answers" / "99_claims.md")
-    page = environment.get_template("summary.html.j2").render(style=style(), verdict=verdict, parts=parts)
+    page = environment.get_template("summary.html.j2").render(
+        style=style(), verdict=verdict, parts=parts, references=references()
+    )
     with paths.atomic(target) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
@@ -326,7 +345,7 @@ def _tables(file: Path) -> list[tuple[str, str]]:
     printed = table.groupby("row", sort=False)["published"].transform(lambda values: values.notna().any())
     title = name_of(file.stem)
     parts = [(title, table[printed]), (f"{title}, rows that are not in print", table[~printed])]
-    return [(heading, boxed_tables(to_html(part))) for heading, part in parts if len(part)]
+    return [(heading, referenced(boxed_tables(to_html(part)), "")) for heading, part in parts if len(part)]
 
 
 def small_picture(file: Path) -> str:
@@ -369,13 +388,14 @@ def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:
 
 
 def inline(file: Path) -> str:
-    """A Markdown paragraph as safe HTML: strong, code and formulas are all the markup there is."""
+    """A Markdown paragraph as safe HTML: strong, emphasis, code and formulas are all the markup there is."""
     if not file.is_file():
         return ""
     text = html.escape(file.read_text(encoding="utf-8").strip(), quote=False)
     text = re.sub(r"\$([^$]+)\$", lambda found: mathml(html.unescape(found[1]), display=False), text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    return re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text)
 
 
 def name_of(stem: str, own: str = "Table S") -> str:

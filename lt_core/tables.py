@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 
 from lt_core import paths, results
 from lt_core.checks import InputError, unknown
@@ -344,28 +344,54 @@ def plain_name(row: str) -> str:
 class TableView:
     """A table as it is shown: HTML in a notebook, Markdown in print()."""
 
-    def __init__(self, table: pd.DataFrame, rule: str = "paper") -> None:
-        self.table, self.rule = table, rule
+    def __init__(self, table: pd.DataFrame, rule: str = "paper", rows: Sequence[str] | None = None) -> None:
+        self.table, self.rule, self.rows = table, rule, rows
 
     def _repr_html_(self) -> str:
-        return to_html(self.table, self.rule)
+        shown = to_html(self._main(), self.rule)
+        if self.rows is not None:
+            whole = TableView(self.table, self.rule)
+            shown += folded(f"All {self.table['row'].nunique()} rows", whole)._repr_html_()
+        return shown
 
     def __repr__(self) -> str:
-        return to_markdown(self.table, self.rule)
+        return to_markdown(self._main(), self.rule)
+
+    def _main(self) -> pd.DataFrame:
+        if self.rows is None:
+            return self.table
+        return pd.concat([self.table[self.table["row"] == row] for row in self.rows])
 
 
 def show_table(table: pd.DataFrame, rule: str = "paper", rows: Sequence[str] | None = None) -> TableView:
-    """The table under one grouping rule, for display in a notebook; rows: only these, in this order."""
-    if rows is not None:
-        table = pd.concat([table[table["row"] == row] for row in rows])
-    return TableView(table, rule)
+    """The table under one grouping rule, for display in a notebook.
+
+    rows: only these, in this order; the whole table is folded below them.
+    """
+    return TableView(table, rule, rows)
+
+
+def folded(title: str, *parts: object) -> HTML:
+    """Texts (a paragraph each) and views that a click on the title shows."""
+    shown = [
+        part._repr_html_() if hasattr(part, "_repr_html_") else f"<p>{html.escape(str(part))}</p>"
+        for part in parts
+    ]
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{''.join(shown)}</details>")
+
+
+def with_intervals(found: pd.DataFrame, form: str = "{:+.1f}") -> pd.Series:
+    """Estimates (columns value, low, high) as texts: `+1.6 [+0.9, +2.1]`."""
+    return found.apply(
+        lambda one: f"{form} [{form}, {form}]".format(one.value, one.low, one.high), axis=1
+    ).str.replace("-", MINUS)
 
 
 STYLE = """<style>
 .lt-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .lt-table th, .lt-table td { padding: .25em .6em; text-align: right; vertical-align: top; }
 .lt-table th[scope=row], .lt-table th.block { text-align: left; font-weight: normal; }
-.lt-table th.block { font-weight: bold; padding-top: .8em; } .lt-table .best { font-weight: bold; }
+.lt-table th.block { font-weight: bold; padding-top: .8em; }
 .lt-table .effect { font-size: .9em; opacity: .85; white-space: nowrap; } .lt-table small { opacity: .7; }
 .lt-table .same { color: #0072B2; } .lt-table .other { color: #D55E00; }
 </style>"""
@@ -385,18 +411,17 @@ def to_html(table: pd.DataFrame, rule: str = "paper") -> str:
     head = "".join(f'<th scope="col">{group}</th>' for group in groups)
     notes = notes_of(table, rule)
 
-    def folded(title: str, notes: list[tuple[str, str]]) -> str:
+    def folded_notes(title: str, notes: list[tuple[str, str]]) -> str:
         items = "".join(f"<li>{html.escape(f'{plain_name(name)}: {note}')}</li>" for name, note in notes)
-        return f"<details><summary>{title}</summary><ul>{items}</ul></details>" if notes else ""
+        return folded(title, HTML(f"<ul>{items}</ul>"))._repr_html_() if notes else ""
 
-    header = f"<thead><tr><th></th>{head}</tr></thead>"
-    whole = f'<table class="lt-table">{header}<tbody>{"".join(body)}</tbody></table>'
+    rows = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    whole = f'<table class="lt-table" style="--columns: {len(groups)}">{rows}</table>'
     below = f'<p class="note">{html.escape(" ".join(caption(table, rule)))}</p>'
-    chosen = folded(
-        "Settings chosen on validation images", [one for one in notes if one[1].startswith("chosen")]
-    )
-    others = folded("Seeds, backbones and notes", [one for one in notes if not one[1].startswith("chosen")])
-    return STYLE + whole + below + chosen + others
+    chosen = [one for one in notes if one[1].startswith("chosen")]
+    others = [one for one in notes if one not in chosen]
+    below += folded_notes("Settings chosen on validation images", chosen)
+    return STYLE + whole + below + folded_notes("Seeds, backbones and notes", others)
 
 
 def _html_name(name: str) -> str:
@@ -412,7 +437,7 @@ def _html_cell(line: pd.Series | None, best: float | None) -> str:
         line, ("published", "reproduced", "ci_low", "ci_high"), "{:.1f}", "<b>{}</b> <small>±{}</small>"
     )
     effect_of = ("published_effect", "reproduced_effect", "effect_ci_low", "effect_ci_high")
-    effect = _pair(line, effect_of, "{:+.1f}", "{} <small>±{}</small>")
+    effect = _pair(line, effect_of, "{:+.1f}", "{} <small>±{}</small>", '<span class="printed">{}</span>')
     if sign := sign_of(line):
         symbol, meaning = SIGNS[sign]
         effect += f' <span class="{sign}" title="{meaning}" aria-label="{meaning}">{symbol}</span>'
@@ -438,7 +463,7 @@ def _interval(line: pd.Series, low: str, high: str, form: str) -> str:
     return f" [{form.format(line[low])}, {form.format(line[high])}]".replace("-", MINUS)
 
 
-def _pair(line: pd.Series, names: tuple[str, ...], number: str, form: str) -> str:
+def _pair(line: pd.Series, names: tuple[str, ...], number: str, form: str, printed_form: str = "{}") -> str:
     """`published → reproduced`, or the one that exists."""
     printed, value, low, high = (line[name] for name in names)
     if line["group"] == "count":
@@ -446,7 +471,9 @@ def _pair(line: pd.Series, names: tuple[str, ...], number: str, form: str) -> st
     texts = ["" if np.isnan(v) else number.format(v).replace("-", MINUS) for v in (printed, value)]
     if texts[1]:
         texts[1] = form.format(texts[1], f"{(high - low) / 2:.1f}") if not np.isnan(low) else texts[1]
-    return f" {ARROW} ".join(text for text in texts if text)
+    if all(texts):
+        texts[0] = printed_form.format(f"{texts[0]} {ARROW} ")
+    return "".join(texts)
 
 
 def sign_of(line: pd.Series) -> str:
@@ -496,7 +523,8 @@ def notes_of(table: pd.DataFrame, rule: str) -> list[tuple[str, str]]:
             notes.append((name, note if everywhere else f"{', '.join(having)}: {note}"))
         run = next((line for line in cells.values() if line["seeds"]), None)
         if run is not None:
-            effect = f", effect over seeds {run['effect_seeds']}" if run["effect_seeds"] else ""
+            against = f"effect against {_label(table, run['against'])} over seeds {run['effect_seeds']}"
+            effect = f", {against}" if run["effect_seeds"] else ""
             notes.append(
                 (name, f"backbone {run['backbone']}, {run['checkpoint']} epoch, seeds {run['seeds']}{effect}")
             )
@@ -512,25 +540,42 @@ def caption(table: pd.DataFrame, rule: str) -> list[str]:
     text = [f"Top-1 accuracy in percent, printed {ARROW} reproduced, with its 95 % interval."]
     if table["against"].any():
         signs = "; ".join(f"{symbol} {meaning}" for symbol, meaning in SIGNS.values())
-        references = " or ".join(sorted(set(table["against"]) - {""}))
         text.append(
-            f"Below it the effect: the difference in points to {references}, "
+            f"Below it the effect: the difference in points to {_references(table)}, "
             f"over the training seeds that both have ({signs})."
         )
     if here.empty:
         return text
     sizes = here.drop_duplicates("group").set_index("group")["n"]
-    images = ", ".join(f"{group} {sizes[group]}" for group in GROUPS if group in sizes)
-    seeds = sorted(set(here["seeds"]), key=len)
+    images = ", ".join(f"{group} {sizes[group]:,}" for group in GROUPS if group in sizes)
+    seeds = sorted(set(here["seeds"]), key=len, reverse=True)
+    some = f", of some rows {' or '.join(seeds[1:])}" if seeds[1:] else ""
     text += [
-        f"{here['split'].iloc[0]} split, images: {images}; groups (rule {rule}): {RULES[rule]}.",
-        f"Seeds {' or '.join(seeds)}." if len(seeds) > 1 else f"Seeds {seeds[0]}.",
+        f"{here['split'].iloc[0].capitalize()} images: {images}; groups (rule {rule}): {RULES[rule]}.",
+        f"Training seeds {seeds[0]}{some}.",
     ]
     return text
 
 
+def _references(table: pd.DataFrame) -> str:
+    """The rows that effects are taken against, by their names."""
+    subjects = sorted(set(table["against"]) - {""})
+    names = list(dict.fromkeys(_label(table, subject) for subject in subjects))
+    if len(names) > 2:
+        return "the row's reference (named in the notes)"
+    of_each = " of the same backbone" if len(subjects) > len(names) else ""
+    return f"{' or '.join(names)}{of_each}"
+
+
+def _label(table: pd.DataFrame, subject: str) -> str:
+    """A subject by the name of its row, without the block; itself where the table has no such row."""
+    rows = table["row"][table["subject"] == subject]
+    return plain_name(rows.iloc[0]).rpartition(" / ")[2] if len(rows) else subject
+
+
 def save_answer(out: Path, notebook: str, text: str) -> Markdown:
     """Write a notebook's answer, one short Markdown paragraph, for the report's index, and show it."""
+    text = re.sub(r"(?<!\w)-(?=\d)", MINUS, text)
     with paths.atomic(out / "answers" / f"{notebook}.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
     return Markdown(f"**Here.** {text}")

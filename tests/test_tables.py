@@ -153,9 +153,32 @@ def test_the_best_of_a_block_is_bold_and_signs_are_words_too(table):
     assert 'aria-label="' in html and "<details>" in html
 
 
-def test_only_some_rows_are_shown(table):
+def test_only_some_rows_are_shown_and_all_are_a_click_below(table):
     html = show_table(table, rows=["LADE [14]", "Ours* / w^h(20)"])._repr_html_()
-    assert "Cosine classifier" not in html and html.index("LADE") < html.index("<sup>h</sup>")
+    shown, whole = html.split("<summary>All 4 rows</summary>")
+    assert "Cosine classifier" not in shown and shown.index("LADE") < shown.index("<sup>h</sup>")
+    assert "Cosine classifier" in whole and "Causal norm" in whole
+
+
+def test_the_caption_names_the_reference_by_its_row(table):
+    assert "difference in points to Cosine classifier," in repr(show_table(table))
+
+
+def test_print_has_no_arrow_of_its_own(table):
+    """LADE's groups are printed under another rule: nothing stands left of its values here."""
+    row = show_table(table, rows=["LADE [14]"])._repr_html_().split("All 4 rows")[0]
+    assert row.count("→") == 3  # total and its effect; one in the caption
+
+
+def test_answers_have_a_proper_minus(tmp_path):
+    tables.save_answer(tmp_path, "01_main", "many-shot -8.0 [-9.1, +0.2], a 2-way w-1")
+    text = (tmp_path / "answers" / "01_main.md").read_text()
+    assert text == "many-shot −8.0 [−9.1, +0.2], a 2-way w-1\n"
+
+
+def test_estimates_as_texts():
+    found = pd.DataFrame({"value": [-1.04], "low": [-2.0], "high": [0.06]}, index=["few"])
+    assert tables.with_intervals(found)["few"] == "−1.0 [−2.0, +0.1]"
 
 
 def test_names_are_text(study):  # noqa: F811
