@@ -38,7 +38,12 @@ STATES = {  # of a part and of a claim, and what several of them do
     "untestable": "cannot be tested",
 }
 SINGULAR = dict(zip(STATES, ("holds", "fails", "stays open", "cannot be tested"), strict=True))
-OPEN_CLAIMS = 4  # that a page shows without a click
+PRINT = {  # what print's own numbers say of a claim
+    "yes": "its numbers support it",
+    "partly": "its numbers support a part",
+    "no": "its numbers do not support it",
+    "plot": "no numbers",
+}
 LINE = re.compile(r"([\w, ]+?): (.+?) ([><=]) (.+?)(?: ([+±-]) ([\d.]+))?(?: if (\w+))?")
 COLUMNS = (
     *("claim", "section", "statement", "print", "rule", "group", "state", "value", "low", "high"),
@@ -249,7 +254,7 @@ MARKS = {"holds": "✓", "fails": "✗", "open": "○", "untestable": "?"}
 class ClaimsView:
     """Some claims with their verdicts, as notebook 99 judged them; HTML in a notebook, text in print().
 
-    First a line: how many are in each state, and which; then what each says, folded where they are many.
+    First a line: how many are in each state, and which; then, folded, what each says.
     """
 
     def __init__(self, found: pd.DataFrame) -> None:
@@ -261,14 +266,13 @@ class ClaimsView:
         counts = "; ".join(self._of_state(state) for state in STATES if (self.found["state"] == state).any())
         lines = [
             f'<tr><td class="{c.state}"><b>{MARKS[c.state]}</b> {c.state}</td><th scope="row">'
-            f"{_link(c.claim)}. {html.escape(c.statement)}</th>"
-            f"<td>{c.hold} of {c.parts} parts hold</td><td>print: {c.print}</td></tr>"
+            f"{_link(c.claim)}. {html.escape(c.statement)} "
+            f"<small>({c.hold} of {c.parts} parts; print: {PRINT[c.print]})</small></th></tr>"
             for c in self.found.itertuples()
         ]
-        is_open = " open" if len(lines) <= OPEN_CLAIMS else ""
         return (
             f'<p class="verdicts"><strong>Claims of the paper on this page:</strong> {counts}.</p>'
-            f"<details{is_open}><summary>What they say</summary>"
+            f"<details><summary>What they say</summary>"
             f'<table class="claims"><tbody>{"".join(lines)}</tbody></table></details>'
         )
 

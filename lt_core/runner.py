@@ -332,10 +332,10 @@ def run(options: Options, folder: Path | None = None) -> int:
             [(n.name, n.title, n.produces) for n in find(folder)],
             options.reports / "report.html",
         )
-        ran = any(task.reason for task in tasks)
+        everything = options.only is None and all(task.reason for task in tasks)
         figures = {task.notebook.name: task.out for task in tasks}
         site.write_index(
-            load_profile(options.profile), options.reports, known, figures, seconds if ran else None
+            load_profile(options.profile), options.reports, known, figures, seconds if everything else None
         )
     print(summary(tasks, records, options, seconds, account), flush=True)
     return int(any(record.status != "ok" for record in records.values()))

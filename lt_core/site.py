@@ -52,6 +52,7 @@ SHOWN_FIRST = [
     "text/latex",
     "text/plain",
 ]
+BIB_FIELD = re.compile(r"^  (\w+) += \{(.*)\},?$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = '<p class="note">A live control stands here when the notebook is opened in JupyterLab.</p>'
 
@@ -112,7 +113,6 @@ class ReportExporter(HTMLExporter):
         yield "boxed_tables", boxed_tables
         yield "referenced", referenced
         yield "last_states", last_states
-        yield "first_comment", first_comment
         yield "mathml", lambda latex: mathml(strip_delimiters(latex), display=True)
 
     @pass_context
@@ -191,6 +191,7 @@ def _prepare(notebook: nbformat.NotebookNode, files: dict[str, str]) -> None:
     notebook.cells = [
         cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
     ]
+    _merge_code(notebook.cells)
     heading = notebook.metadata.get("title", "")
     for cell in notebook.cells:
         headings = (
@@ -202,6 +203,17 @@ def _prepare(notebook: nbformat.NotebookNode, files: dict[str, str]) -> None:
             _describe_images(output, cell.metadata.get("alt") or f"Figure under the heading: {heading}")
             if png := output.get("data", {}).get("image/png", "").replace("\n", ""):
                 output.metadata["image/png"]["file"] = files.get(png, "")
+
+
+def _merge_code(cells: list[nbformat.NotebookNode]) -> None:
+    """Code that shows nothing joins the code cell after it, under its label: what a run shows comes early."""
+    for cell in cells:
+        cell.metadata["label"] = first_comment(cell.source)
+    for place in reversed(range(len(cells) - 1)):
+        one, after = cells[place : place + 2]
+        if one.cell_type == after.cell_type == "code" and not one.get("outputs"):
+            after.source = f"{one.source}\n\n{after.source}"
+            del cells[place]
 
 
 def _replace_widget(output: nbformat.NotebookNode) -> None:
@@ -235,13 +247,15 @@ def boxed_tables(page: str) -> str:
     return re.sub(r"</table\s*>", "</table></div>", opened)
 
 
-def references() -> dict[str, str]:
-    """The BibTeX entries of docs/references.bib by anchor: `ref-16` for [16] of the paper, else the key."""
+def references() -> list[dict[str, str]]:
+    """The entries of docs/references.bib: fields, BibTeX, and anchor (`ref-16` for [16] of the paper)."""
     text = (paths.ROOT / "docs" / "references.bib").read_text(encoding="utf-8")
-    found = {}
+    found = []
     for entry, key in re.findall(r"(@\w+\{(\w+),.*?\n\})", text, re.DOTALL):
+        fields = {name: value.replace("{", "").replace("}", "") for name, value in BIB_FIELD.findall(entry)}
         number = re.search(r"\[(\d+)\] in the paper", entry)
-        found[f"ref-{number[1]}" if number else key] = entry
+        anchor = f"ref-{number[1]}" if number else key
+        found.append(fields | {"bibtex": entry, "anchor": anchor, "first": fields["author"].split(",")[0]})
     return found
 
 
@@ -281,8 +295,8 @@ def write_index(
 ) -> None:
     """Writes index.html: the verdict, a line of result for each notebook, figures with captions, tables.
 
-    figures: the figures folder of each notebook; seconds: of this run, None where nothing ran, so that the
-    time of the last real run is kept.
+    figures: the figures folder of each notebook; seconds: of this run, None where not everything ran, so that
+    the time of the last full run is kept.
     """
     last = reports / ".last_run.json"
     if seconds is not None:
@@ -419,7 +433,7 @@ def facts(last: Path) -> dict[str, str]:
     memory = psutil.virtual_memory().total / 2**30
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
-        "Last run in which notebooks ran": seconds,
+        "Last run of all notebooks": seconds,
         "lt_core": f"{_version('lt_core')}, commit {code_version()}",
         "Python": platform.python_version(),
         "PyTorch": _version("torch"),

@@ -550,8 +550,9 @@ def caption(table: pd.DataFrame, rule: str) -> list[str]:
     images = ", ".join(f"{group} {sizes[group]:,}" for group in GROUPS if group in sizes)
     seeds = sorted(set(here["seeds"]), key=len, reverse=True)
     some = f", of some rows {' or '.join(seeds[1:])}" if seeds[1:] else ""
+    limits = RULES[rule].replace(">=", "≥").replace("<=", "≤")
     text += [
-        f"{here['split'].iloc[0].capitalize()} images: {images}; groups (rule {rule}): {RULES[rule]}.",
+        f"{here['split'].iloc[0].capitalize()} images: {images}; groups (rule {rule}): {limits}.",
         f"Training seeds {seeds[0]}{some}.",
     ]
     return text
@@ -563,7 +564,7 @@ def _references(table: pd.DataFrame) -> str:
     names = list(dict.fromkeys(_label(table, subject) for subject in subjects))
     if len(names) > 2:
         return "the row's reference (named in the notes)"
-    of_each = " of the same backbone" if len(subjects) > len(names) else ""
+    of_each = " of the same block" if len(subjects) > len(names) else ""
     return f"{' or '.join(names)}{of_each}"
 
 
