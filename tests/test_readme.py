@@ -2,16 +2,20 @@
 
 import re
 
-from lt_core import claims, paths, tables
+from lt_core import claims, paths, runner, site, tables
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
 COMMITTED = paths.ROOT / "figures" / "embedded"
+REPORT = paths.ROOT / "docs" / "report.html"
 ROWS = {  # of T1.csv, as README calls them
     "Ours* / Cosine classifier": "cosine classifier",
     "Ours* / Prototypes": "prototypes",
     "Ours* / w^h(20)": "w^h(20)",
     "Ours* / w^h(100)": "w^h(100)",
     "Ours* / ensemble(w^h(0), w^h(20), w^h(100))": "ensemble",
+    "All on one backbone, square-root sampling / logit adjustment of the learned classifier, t = 0.5": (
+        "logit adjustment, t = 0.5"
+    ),
 }
 
 
@@ -30,6 +34,19 @@ def test_its_verdicts_are_the_committed_ones():
     assert expected in " ".join(README.split())
     mechanism = found[found["section"].str.startswith("B.")]["state"]
     assert f"({(mechanism == 'holds').sum()} of {len(mechanism)} claims hold)" in README
+
+
+def test_the_report_is_made_of_the_committed_files(tmp_path):
+    """docs/report.html is what `write_summary` makes of figures/embedded; of pictures their sources count."""
+    notebooks = [(one.name, one.title, one.produces) for one in runner.find()]
+    site.write_summary(COMMITTED, notebooks, tmp_path / "report.html")
+    made, committed = (
+        (folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, REPORT.parent)
+    )
+    assert REPORT.stat().st_size <= 2_000_000
+    picture = re.compile(r'src="data:image/png;base64,[^"]+"')
+    assert len(picture.findall(made)) == made.count("data-source=") > 0
+    assert picture.sub("", made) == picture.sub("", committed), "copy reports/embedded/report.html to docs/"
 
 
 def test_the_example_runs(capsys):
