@@ -380,11 +380,12 @@ def folded(title: str, *parts: object) -> HTML:
     return HTML(f"<details><summary>{html.escape(title)}</summary>{''.join(shown)}</details>")
 
 
-def with_intervals(found: pd.DataFrame, form: str = "{:+.1f}") -> pd.Series:
+def with_intervals(found: pd.DataFrame, digits: int = 1, sign: str = "+") -> pd.Series:
     """Estimates (columns value, low, high) as texts: `+1.6 [+0.9, +2.1]`."""
-    return found.apply(
-        lambda one: f"{form} [{form}, {form}]".format(one.value, one.low, one.high), axis=1
-    ).str.replace("-", MINUS)
+    number = f"{{:{sign}.{digits}f}}"
+    rounded = found[["value", "low", "high"]].round(digits) + 0.0  # no negative zero
+    texts = rounded.apply(lambda one: f"{number} [{number}, {number}]".format(*one), axis=1)
+    return texts.str.replace("-", MINUS)
 
 
 STYLE = """<style>

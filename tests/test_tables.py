@@ -179,6 +179,7 @@ def test_answers_have_a_proper_minus(tmp_path):
 def test_estimates_as_texts():
     found = pd.DataFrame({"value": [-1.04], "low": [-2.0], "high": [0.06]}, index=["few"])
     assert tables.with_intervals(found)["few"] == "−1.0 [−2.0, +0.1]"
+    assert tables.with_intervals(-found / 100, sign="")["few"] == "0.0 [0.0, 0.0]"
 
 
 def test_names_are_text(study):  # noqa: F811
