@@ -156,4 +156,10 @@ def test_claims_are_shown_from_the_file(tmp_path):
     book = BOOK | {"claim": [claim | {"rule": ["total: a/high > a/low"]}]}
     judge_claims(VALUES, book).to_csv(tmp_path / "claims.csv", index=False)
     html = claims.show_claims(tmp_path, [1, 2])._repr_html_()
-    assert "✓" in html and "&lt;b&gt;mighty" in html and "1 of 1" in html
+    assert "✓ 1 holds</span> (<a" in html and "&lt;b&gt;mighty" in html and "1 of 1 parts" in html
+
+
+def test_claims_are_counted_in_words():
+    found = pd.DataFrame({"state": ["holds", "holds", "fails", "open", "open"]})
+    words = "2 hold here, 1 fails, 2 stay open and 0 cannot be tested"
+    assert claims.counted(found, " here") == words

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lt_core import paths, site
 from lt_core.runner import Record
-from lt_core.tables import load_table
+from lt_core.tables import load_table, published
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 STORY = r"""# Main results
@@ -153,6 +153,28 @@ def test_code_is_folded_and_long_output_too(render) -> None:
     assert not any("open" in attributes for attributes in Elements(page).named("details"))
 
 
+def test_code_that_shows_nothing_joins_the_next(render) -> None:
+    page = render(
+        new_markdown_cell("# Main"),
+        new_code_cell("# Parameters\nseed = 1"),
+        new_code_cell("# The answer\nseed", outputs=[display("text/plain", "1")]),
+        new_code_cell("# Alone\nx = 1"),
+        new_markdown_cell("## Next"),
+    )
+    assert re.findall("<summary>(Code.*?)</summary>", page) == ["Code: The answer", "Code: Alone"]
+    assert page.index("# Parameters") < page.index("# The answer")
+
+
+def test_bracket_numbers_lead_to_their_bibtex(render) -> None:
+    row = '<table class="lt-table"><tr><th scope="row">LWS [16]</th><td>[16]</td></tr></table>'
+    page = render(new_code_cell("1", outputs=[display("text/html", row)]))
+    assert page.count('<a href="index.html#ref-16">[16]</a>') == 1
+    quoted = {number for row in published()["row"] for number in re.findall(r"\[(\d+)\]", row)}
+    anchors = {one["anchor"] for one in site.references()}
+    assert {f"ref-{number}" for number in quoted} <= anchors
+    assert all(one[field] for one in site.references() for field in ("first", "title", "booktitle", "year"))
+
+
 def test_wide_tables_scroll_in_their_own_box(render) -> None:
     table = '<div><table border="1" class="dataframe"><tr><td>1</td></tr></table></div>'
     page = render(new_code_cell("1", outputs=[display("text/html", table)]))
@@ -193,6 +215,7 @@ def test_a_picture_links_to_its_full_size_file(render, tmp_path: Path) -> None:
     output = display("image/png", base64.b64encode(picture).decode())
     page = render(new_code_cell("1", outputs=[output]), products={"F2.png": "digest"})
     assert {"href": "F2.png"} in Elements(page).named("a")
+    assert "<figcaption>Accuracy. A click shows it at full size.</figcaption>" in page
 
 
 def test_a_page_has_its_contents_and_its_neighbours(render, tmp_path: Path) -> None:
@@ -218,10 +241,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     figures, reports = paths.figures("digits"), paths.reports("digits")
     (figures / "answers").mkdir(parents=True)
     reports.mkdir(parents=True)
-    described_png(figures / "F2.png", "accuracy of two <methods>")
+    described_png(figures / "F2.png", "Figure 2: accuracy of two <methods>")
     for name in ("F2.svg", "F2.csv", "T1.md", "T1.csv"):
         (figures / name).write_text("x")
-    (figures / "answers" / "01_main.md").write_text("`sqrt` gains **3.1** points, $k < 20$ & <b>more</b>.\n")
+    (figures / "answers" / "01_main.md").write_text(
+        "`sqrt` gains **3.1** points, $k < 20$ & <b>more</b>, *all of them*.\n"
+    )
     (figures / "answers" / "99_claims.md").write_text("Of 68 claims 27 hold.\n")
     (reports / "01_main.html").write_text("x")
     names = ["T1.csv", "T1.md", "F2.png", "F2.svg", "F2.csv", "gone.csv", "answers/01_main.md"]
@@ -240,9 +265,12 @@ def test_the_index_opens_with_the_verdict_and_shows_what_was_made(index: str) ->
     elements = Elements(index)
     assert '<p class="lead">Of 68 claims 27 hold.</p>' in index
     (image,) = elements.named("img")
-    assert image["alt"] == "accuracy of two <methods>"
+    assert image["alt"] == "Figure 2: accuracy of two <methods>"
+    assert '<a href="01_main.html">Figure 2</a>: accuracy of two &lt;methods&gt;.' in index
+    assert 'id="ref-16"' in index
     assert '<a href="01_main.html">Main &lt;results&gt;</a>' in index
     answer = "<code>sqrt</code> gains <strong>3.1</strong> points"
+    assert "<em>all of them</em>" in index
     assert answer in index and "&amp; &lt;b&gt;more&lt;/b&gt;" in index
     assert "Table 1" in index and "Figure 2" in index and "gone" not in index
     assert "small &amp; quick" in index
@@ -275,6 +303,7 @@ def test_the_summary_is_one_page_with_answers_tables_and_figures(tmp_path: Path)
     (image,) = Elements(page).named("img")
     assert image["src"].startswith("data:image/png;base64,") and image["alt"] == "accuracy of two <methods>"
     assert "Main &lt;b&gt;" in page and "<strong>3.1</strong>" in page
+    assert 'id="ref-16"' in page and "data-source=" in page
     assert page.count('class="lt-table"') == 1 and f"{committed['reproduced'].max():.1f}" in page
 
 
