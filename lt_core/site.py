@@ -193,6 +193,9 @@ def _prepare(notebook: nbformat.NotebookNode, files: dict[str, str]) -> None:
         cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
     ]
     _merge_code(notebook.cells)
+    if notebook.metadata.get("lt_core", {}).get("tutorial"):
+        for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][1:]:
+            cell.metadata["open"] = True  # all but the answer's: here the code is what one came for
     heading = notebook.metadata.get("title", "")
     for cell in notebook.cells:
         headings = (

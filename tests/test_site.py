@@ -54,11 +54,10 @@ def render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Renders cells and returns the page; pictures of the notebooks folder lie in tmp_path."""
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
 
-    def rendered(*cells: nbformat.NotebookNode, **more: object) -> str:
+    def rendered(*cells: nbformat.NotebookNode, about: dict | None = None, **more: object) -> str:
         (tmp_path / "scheme.png").write_bytes(b"picture")
-        notebook = new_notebook(
-            cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "Python"}}
-        )
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python"}}
+        notebook = new_notebook(cells=list(cells), metadata=kernel | {"lt_core": about or {}})
         nbformat.write(notebook, tmp_path / "01_main.ipynb")
         target = tmp_path / "01_main.html"
         record = Record("01_main", "Main results", "ok", **more)
@@ -163,6 +162,13 @@ def test_code_that_shows_nothing_joins_the_next(render) -> None:
     )
     assert re.findall("<summary>(Code.*?)</summary>", page) == ["Code: The answer", "Code: Alone"]
     assert page.index("# Parameters") < page.index("# The answer")
+
+
+def test_a_tutorial_shows_its_code(render) -> None:
+    cells = [new_code_cell(f"x = {i}", outputs=[display("text/plain", "1")]) for i in range(3)]
+    for about, opened in (({}, [False] * 3), ({"tutorial": True}, [False, True, True])):
+        page = render(*cells, about=about)
+        assert ["open" in one for one in Elements(page).named("details")] == opened
 
 
 def test_bracket_numbers_lead_to_their_bibtex(render) -> None:
