@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from lt_core.checks import InputError, unknown
+from lt_core.data.distributed import mean_over_processes, whole_batch
 from lt_core.rsg import RSG
 from lt_core.transfer import SCALE
 
@@ -73,7 +74,8 @@ class CausalNormClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training:
-            self.direction.mul_(self.MOMENTUM).add_(features.detach().float().mean(0))
+            mean = features.detach().to(self.direction).mean(0)
+            self.direction.mul_(self.MOMENTUM).add_(mean_over_processes(mean))
         strength = 0.0 if self.training else self.strength
         x = normalize(features.unflatten(1, (self.HEADS, -1)), dim=2)
         w = self.weight.unflatten(1, (self.HEADS, -1))
@@ -88,6 +90,7 @@ class ContrastiveHead(nn.Module):
 
     For features [2B, F] of two views of B images, views of the same image B rows apart: logits [2B, 2B], the
     cosines between projections over the temperature. Cross-entropy with `positives` as targets is NT-Xent.
+    With several processes, 2B counts the views of all of them.
     """
 
     def __init__(self, num_features: int, projection: int = 128, temperature: float = 0.5) -> None:
@@ -100,9 +103,15 @@ class ContrastiveHead(nn.Module):
         self.temperature = temperature
 
     def forward(self, features: Tensor) -> Tensor:
-        projected = normalize(self.project(features).float(), dim=1)
+        projected = self.project(features)
+        projected = whole_batch(normalize(at_least_float32(projected), dim=1))
         itself = torch.eye(len(projected), dtype=torch.bool, device=projected.device)
         return (projected @ projected.T / self.temperature).masked_fill(itself, -torch.inf)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float32 where they come in less, as under autocast."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def positives(views: int, device: torch.device) -> Tensor:
@@ -133,12 +142,21 @@ class Model(nn.Module):
             self.rsg.begin_epoch(progress)
 
     def forward(self, inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """A training step: logits [B', N], targets [B'] and a loss to add; without RSG, B' = B."""
+        """A training step: logits [B', N], targets [B'] and a loss to add, all of them over all processes.
+
+        inputs [B, ...], target [B]: this process's share. B' counts all processes' images and what RSG makes.
+        """
+        if isinstance(self.classifier, ContrastiveHead):
+            logits = self.classifier(self.backbone(inputs))
+            return logits, positives(len(logits), logits.device), 0.0
         if self.rsg is None:
-            return self.classifier(self.backbone(inputs)), target, 0.0
+            return whole_batch(self.classifier(self.backbone(inputs))), whole_batch(target), 0.0
         with self.rsg.before(self.backbone.last_stage, target) as made:
             features = self.backbone(inputs)
-        return self.classifier(features), made.target, made.loss
+        images, generated = self.classifier(features).tensor_split([len(inputs)])
+        images = whole_batch(images)
+        generated = whole_batch(generated, len(made.target) - len(images))
+        return torch.cat([images, generated]), made.target, made.loss
 
 
 # ---------------------------------------------------------------- backbones

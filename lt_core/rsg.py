@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from lt_core.data.distributed import share_of_batch, whole_batch
+
 CENTRES = 15  # J, centres of each class
 HEAD_SHARE = 0.2  # of the classes, the most frequent, give what rare ones receive
 CENTRE_WEIGHT, VECTOR_WEIGHT = 0.1, 0.01  # of the two losses
@@ -76,9 +78,10 @@ class RSG(nn.Module):
         """Maps [B', D, H, W] and labels [B'] with the generated ones at the end, and RSG's own loss.
 
         maps [B, D, H, W], target [B]. The loss sends no gradient into the maps; a generated map sends one
-        to what comes after and to the transformation.
+        to what comes after and to the transformation. With several processes, loss and labels are those of
+        the whole batch, and each process goes on with its share of the generated maps.
         """
-        fixed = maps.detach().float()
+        fixed, target = whole_batch(maps.detach()).to(self.centres.dtype), whole_batch(target)
         gamma = self._assignment(fixed, target)
         # Parts that take no part in this step get a zero gradient: the optimiser and processes expect one.
         loss = 0.0 * sum(part.sum() for part in self.parameters())
@@ -94,7 +97,7 @@ class RSG(nn.Module):
         loss = loss + VECTOR_WEIGHT * self._vector_loss(
             fixed[head], deviation, moved, fixed[tail] - nearest[tail]
         )
-        generated = (fixed[tail] + moved).to(maps.dtype)
+        generated = share_of_batch(fixed[tail] + moved).to(maps.dtype)
         return torch.cat([maps, generated]), torch.cat([target, target[tail]]), loss
 
     def _assignment(self, maps: Tensor, target: Tensor) -> Tensor:

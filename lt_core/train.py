@@ -39,10 +39,10 @@ from lt_core.data.distributed import synchronise_batch_norms
 from lt_core.data.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
 from lt_core.data.profiles import Recipe
 from lt_core.losses import Loss
-from lt_core.models import ContrastiveHead, Model, positives
+from lt_core.models import ContrastiveHead, Model, at_least_float32
 from lt_core.samplers import epoch_batches
 
-SAVE_EVERY = 60  # seconds between checkpoints within an epoch
+SAVE_EVERY = 60  # seconds between checkpoints
 PATIENCE = timedelta(hours=1)  # of processes that wait for the first one to write a cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 log = logging.getLogger(__name__)
@@ -78,18 +78,19 @@ def this_machine(workers: int | None = None, micro_batch: int = 0, compiles: boo
     cuda = torch.cuda.is_available()
     if min(workers or 0, micro_batch) < 0:
         raise InputError("--workers and --micro-batch must be 0 or above")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        backend = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
+        dist.init_process_group(timeout=PATIENCE, **backend)
     rank = dist.get_rank() if world_size > 1 else 0
     if workers is None:
         workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cuda else 0
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches are of one size
         text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
         text = f"CPU, {torch.get_num_threads()} threads, float32 (no GPU found)"
 
@@ -295,10 +296,10 @@ def fit(
     """Train `model` in place; returns the history, one entry an epoch (loss, accuracies in percent).
 
     With a `ContrastiveHead` in place of the classifier, a step sees two views of each image and the target of
-    a view is the other one (SimCLR); negatives come from this process's share of the batch.
+    a view is the other one (SimCLR).
     Resumes from `run/last.pt` and leaves the last epoch there; `run/best.pt` is the best on validation data.
     SIGTERM ends it with a checkpoint after the step (KeyboardInterrupt). With several processes, batch norms
-    average over the whole batch and the learning rate is that of one process, so results are the same.
+    and losses see the whole batch and the learning rate is that of one process, so results are the same.
     Raises TrainingError when the loss is not finite.
     """
     # Set-up: everything on the device; images in memory lie there, files are read by workers.
@@ -308,7 +309,7 @@ def fit(
     views = 2 if contrastive else 1
     micro_batch = 0 if contrastive else machine.micro_batch  # SimCLR's images need each other
     train = data.splits["train"]
-    images, labels = train.images, train.labels.to(machine.device)
+    images = train.images
     if isinstance(images, Tensor):
         images = images.to(machine.device)
     if machine.world_size > 1:
@@ -316,7 +317,13 @@ def fit(
     model.to(machine.device, memory_format=torch.channels_last)
     loss.to(machine.device)
     optimiser = build_optimiser(model, recipe)
-    network = model if machine.world_size == 1 else nn.parallel.DistributedDataParallel(model)
+    network = model
+    if machine.world_size > 1:
+        network = nn.parallel.DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=machine.device.type == "cpu",  # on GPUs every buffer is synchronised already
+        )
     if machine.compiles:
         network = torch.compile(network)
 
@@ -334,15 +341,24 @@ def fit(
         resume(run / "last.pt", state, model, optimiser)
         log.info("resuming at epoch %d, step %d", state["epoch"] + 1, state["step"])
     started = time.monotonic()
+    best: dict[str, Any] = {}  # of this process's epochs, until it is written
 
     def save() -> None:
-        """Write last.pt; the seconds since the last time are added to those of the run."""
+        """Write last.pt, before it a new best.pt; the seconds since the last time are added to the run's."""
         nonlocal started
         if is_main_process:
+            if best:
+                save_checkpoint(run / "best.pt", best)
+                best.clear()
             state["seconds"] += time.monotonic() - started
             parts = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
             save_checkpoint(run / "last.pt", state | parts)
         started = time.monotonic()
+
+    def check_finite(total: float) -> None:
+        """Before anything is saved: what is not finite would come back with every resume."""
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss is {total} in epoch {state['epoch'] + 1}: lower the learning rate")
 
     steps = len(train) // recipe.batch_size
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
@@ -353,6 +369,7 @@ def fit(
             batches = epoch_batches(
                 sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
             )
+            targets = train.labels[batches].repeat(1, views).to(machine.device)  # once an epoch: [steps, B]
             sums = torch.tensor([state["loss"], state["correct"]], device=machine.device, dtype=torch.float64)
             model.train()
             loss.begin_epoch(epoch / recipe.epochs)
@@ -362,15 +379,15 @@ def fit(
                 # Step: learning rates, gradient, weights.
                 for group in optimiser.param_groups:
                     group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
-                target = positives(len(pixels), machine.device) if contrastive else labels[batches[step]]
-                sums += accumulate_gradient(network, loss, pixels, target, micro_batch, machine)
+                sums += accumulate_gradient(network, loss, pixels, targets[step], micro_batch, machine)
                 optimiser.step()
                 optimiser.zero_grad()
 
-                # Save within the epoch: once a minute, and before a scheduler ends the process.
+                # Save within the epoch: now and then, and before a scheduler ends the process.
                 stopping = preempted.is_set() and is_main_process
                 if stopping or time.monotonic() - started > SAVE_EVERY:
                     state |= {"step": step + 1, "loss": sums[0].item(), "correct": sums[1].item()}
+                    check_finite(state["loss"])
                     save()
                 if stopping:
                     log.info(
@@ -384,24 +401,22 @@ def fit(
                 "loss": sums[0].item() / steps,
                 "train_accuracy": 100 * sums[1].item() / (steps * recipe.batch_size * views),
             }
-            if not math.isfinite(entry["loss"]):
-                raise TrainingError(
-                    f"the loss is {entry['loss']} in epoch {epoch + 1}: lower the learning rate"
-                )
+            check_finite(entry["loss"])
             entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
-            best = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
-            if is_main_process and entry["val_accuracy"] > best:
-                save_checkpoint(
-                    run / "best.pt", {"seed": seed, "epoch": epoch + 1, "model": model.state_dict()}
-                )
+            highest = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
+            if is_main_process and entry["val_accuracy"] > highest:
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
+                best |= {"seed": seed, "epoch": epoch + 1, "model": weights}
 
-            # Save and log.
+            # Save, but not every short epoch, and log.
             state["history"] = [*state["history"], entry]
             state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "correct": 0}
-            save()
+            seconds = state["seconds"] + time.monotonic() - started
+            if epoch + 1 == recipe.epochs or time.monotonic() - started > SAVE_EVERY:
+                save()
             if is_main_process:
                 write_history(run, state["history"])
-                log.info("%s", progress_line(entry, recipe, steps, state["seconds"]))
+                log.info("%s", progress_line(entry, recipe, steps, seconds))
         if machine.world_size > 1:
             dist.barrier()
     return state["history"]
@@ -412,8 +427,8 @@ def accumulate_gradient(
 ) -> Tensor:
     """Add the gradient of one step, taken in parts of `size` images (0: all at once).
 
-    Returns the loss and the number of correct predictions [2], both over all processes. Losses that look at
-    the batch as a whole (LADE, RSG) see parts as batches.
+    Returns the loss and the number of correct predictions [2]; both, and the gradient, are those of the whole
+    batch of all processes. Losses that look at the batch as a whole (LADE, RSG) see parts as batches.
     """
     size = size or len(pixels)
     parts = list(zip(pixels.split(size), target.split(size), strict=True))
@@ -423,12 +438,12 @@ def accumulate_gradient(
         with network.no_sync() if waits else contextlib.nullcontext():
             with machine.autocast():
                 logits, wanted, extra_loss = network(part, part_target)
-            value = (loss(logits.float(), wanted) + extra_loss) * (len(part) / len(pixels))
-            value.backward()
-        sums[0] += value.detach() / machine.world_size
-        sums[1] += (logits.detach().argmax(1) == wanted)[: len(part)].sum()
-    if machine.world_size > 1:
-        dist.all_reduce(sums)
+            share = len(part) / len(pixels)
+            value = loss(at_least_float32(logits), wanted)
+            # All processes have the same loss, and each the gradient of its own rows, which are averaged.
+            ((machine.world_size * value + extra_loss) * share).backward()
+        sums[0] += (value + extra_loss).detach() * share
+        sums[1] += (logits.detach().argmax(1) == wanted)[: machine.world_size * len(part)].sum()
     return sums
 
 

@@ -25,21 +25,36 @@ from lt_core import train
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.image_files import ImageFiles
 from lt_core.losses import build_loss
-from lt_core.models import Model, build_backbone, build_classifier
+from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
+from lt_core.rsg import RSG
 from lt_core.data.profiles import Augmentation, Recipe
 from lt_core.data.distributed import shared_features
 
-images, run, stop, micro_batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+images, run, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[5]
+stop, micro_batch = int(sys.argv[3]), int(sys.argv[4])
 names = np.array(sorted(path.name for path in images.iterdir()))
-labels = torch.arange(len(names)) % 4
+labels = torch.arange(len(names)) % 6
 split = Split(ImageFiles(images, names), labels)
-data = Dataset("made", tuple("abcd"), {"train": split, "val": split})
+data = Dataset("made", tuple("abcdef"), {"train": split, "val": split})
 recipe = Recipe(
     epochs=3, batch_size=8, learning_rate=0.001, classifier_learning_rate=0.01, input_size=32,
     augmentation=Augmentation(random_resized_crop=0.3, flip=True, colour_jitter=0.4),
 )
 torch.manual_seed(0)
-model = Model(build_backbone("small_resnet"), build_classifier("cosine", 256, 4)).double()
+backbone, loss = build_backbone("small_resnet"), build_loss("cross_entropy", data.counts)
+head, rsg = "cosine", None
+if kind == "lade":
+    head, loss = "dot_product", build_loss("lade", data.counts)
+elif kind == "ldam_drw":  # its weights divide by their sum over the batch
+    head, loss = "cosine_fixed", build_loss("ldam_drw", data.counts, deferred_until=0.0)
+elif kind == "rsg":
+    head, loss = "cosine_fixed", build_loss("rsg", data.counts)
+    rsg = RSG(backbone.last_stage_channels, data.counts, generate_from=0.5)
+elif kind == "causal_norm":
+    head = "causal_norm"
+head = ContrastiveHead(256) if kind == "simclr" else build_classifier(head, 256, 6)
+model = Model(backbone, head, rsg).double()
+loss.double()
 for part in (model.backbone, model.classifier):
     part.register_forward_pre_hook(lambda _, given: (given[0].double(),))
 schedule, steps = train.lr_at, [0]
@@ -53,7 +68,6 @@ def counting(*given):
 train.lr_at = counting
 run.mkdir(exist_ok=True)
 machine = train.this_machine(micro_batch=micro_batch)
-loss = build_loss("cross_entropy", data.counts)
 train.fit(model, data, recipe, "square_root", loss, 0, run, machine)
 
 def blocks_of(rows):
@@ -78,7 +92,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def train(folder: Path, run: str, processes: int, stop: int = 0, micro_batch: int = 0) -> int:
+def train(
+    folder: Path, run: str, processes: int, stop: int = 0, micro_batch: int = 0, kind: str = "plain"
+) -> int:
     """The script's exit status; 0 for the whole run, another after SIGTERM in step `stop`."""
     command = [sys.executable]
     if processes > 1:
@@ -89,6 +105,7 @@ def train(folder: Path, run: str, processes: int, stop: int = 0, micro_batch: in
         str(folder / run),
         str(stop),
         str(micro_batch),
+        kind,
     ]
     environment = os.environ | {
         "PYTHONPATH": str(paths.ROOT),
@@ -132,6 +149,17 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(folder, alone
     assert features.shape == (37, 256) and features.dtype == np.float16
     np.testing.assert_allclose(features, np.load(folder / "alone" / "features.npy"), atol=2e-3)
     assert not list((folder / "out" / ".cache" / "features").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lade", "ldam_drw", "rsg", "causal_norm", "simclr"])
+def test_losses_see_the_whole_batch(folder, kind):
+    """What looks at the batch as a whole does not depend on the number of processes either."""
+    train(folder, f"{kind}1", 1, kind=kind)
+    alone = load_checkpoint(folder / f"{kind}1" / "last.pt")
+    for processes in (2, 4):
+        train(folder, f"{kind}{processes}", processes, kind=kind)
+        assert_same(folder, f"{kind}{processes}", alone)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lt_core import paths, train
 from lt_core.cache import load_cache
@@ -129,9 +130,64 @@ def test_backbone_and_classifier_have_their_own_learning_rates(tmp_path):
     assert not torch.allclose(model.classifier.weight, start.classifier.weight, atol=1e-3)
 
 
-def test_infinite_loss_is_an_error(tmp_path):
+@pytest.mark.parametrize("every", [60, -1])
+def test_infinite_loss_is_an_error_and_is_not_saved(tmp_path, monkeypatch, every):
+    monkeypatch.setattr(train, "SAVE_EVERY", every)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 1: lower the learning rate"):
         run_fit(tmp_path, learning_rate=1e30, classifier_learning_rate=1e30)
+    if every < 0:  # a checkpoint after every step, up to the first that went wrong
+        assert torch.tensor(load_checkpoint(tmp_path / "last.pt")["loss"]).isfinite()
+    else:
+        assert not (tmp_path / "last.pt").exists()
+
+
+def test_short_epochs_share_a_checkpoint(tmp_path, monkeypatch):
+    written, save = [], train.save_checkpoint
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda path, state: (written.append(path.name), save(path, state))
+    )
+    run_fit(tmp_path, epochs=4)
+    assert written == ["best.pt", "last.pt"]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to another device, and notes those that the step waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.waited = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, tensors = kwargs or {}, [value for value in args if isinstance(value, torch.Tensor)]
+        name = function.overloadpacket.__name__
+        goes = name == "_to_copy" and kwargs.get("device", tensors[0].device) != tensors[0].device
+        between = len({tensor.device for tensor in tensors if tensor.ndim}) > 1  # an index on the CPU, copy_
+        self.number += goes or between
+        if between or (goes and not kwargs.get("non_blocking")):
+            self.waited.append(name)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(crop_padding=2, flip=True),
+        Augmentation(random_resized_crop=0.3, flip=True, colour_jitter=0.4, hue=0.1, grey=0.2),
+    ],
+)
+def test_a_step_waits_for_no_copy(how):
+    """On a device that holds no values whatever asks for one fails, and every copy to it is seen."""
+    device = torch.device("meta")
+    machine = replace(train.this_machine(), device=device)
+    images = torch.zeros(20, 16, 16, 3, dtype=torch.uint8, device=device)
+    recipe = RECIPE.model_copy(update={"augmentation": how})
+    model = Model(build_backbone("small_resnet"), build_classifier("cosine", 256, 6)).to(device)
+    loss = build_loss("lade", torch.tensor([5, 4, 4, 3, 2, 2])).to(device)
+    targets = torch.zeros(1, 8, dtype=torch.long, device=device)
+    with Copies() as copies:
+        (pixels,) = train.training_pixels(images, torch.zeros(1, 8).long(), recipe, 0, 0, 0, machine)
+        train.accumulate_gradient(model, loss, pixels, targets[0], 0, machine)
+    assert copies.number >= 3 and not copies.waited
 
 
 # ---------------------------------------------------------------- resuming

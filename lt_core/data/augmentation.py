@@ -22,7 +22,7 @@ def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch
 
     The result is channels-last in memory, which convolutions on CPU and GPU run fastest on.
     """
-    indices = indices.to(images.device)
+    indices = sent(indices, images.device)
     if how.random_resized_crop:
         pixels = to_pixels(images.index_select(0, indices))
         pixels = random_resized_crop(pixels, how.random_resized_crop, how.flip, generator)
@@ -33,6 +33,11 @@ def augment(images: Tensor, indices: Tensor, how: Augmentation, generator: torch
     if how.colour_jitter:
         pixels = apply_jitter(pixels, draw_jitter(len(pixels), how, generator), with_hue=how.hue > 0)
     return pixels
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the device, without waiting for it: the step runs ahead of a GPU."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def to_pixels(batch: Tensor) -> Tensor:
@@ -65,8 +70,8 @@ def crop_and_flip(
     if flip:
         mirrored = torch.rand((batch, 1), generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    flat = (rows[:, :, None] * width + columns[:, None, :]).to(images.device)
-    flat = flat + indices[:, None, None] * (height * width)
+    rows, columns = sent(rows, images.device), sent(columns, images.device)
+    flat = rows[:, :, None] * width + columns[:, None, :] + indices[:, None, None] * (height * width)
     return images.reshape(-1, channels)[flat.reshape(-1)].reshape(batch, height, width, channels)
 
 
@@ -96,8 +101,8 @@ def random_resized_crop(pixels: Tensor, smallest: float, flip: bool, generator: 
         mirror = torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0)
 
     # Where the crops' pixels are taken from; a negative width mirrors.
-    across = _positions(width * mirror, shift[0] * (1 - width), pixels.shape[3]).to(pixels.device)
-    down = _positions(height, shift[1] * (1 - height), pixels.shape[2]).to(pixels.device)
+    across = sent(_positions(width * mirror, shift[0] * (1 - width), pixels.shape[3]), pixels.device)
+    down = sent(_positions(height, shift[1] * (1 - height), pixels.shape[2]), pixels.device)
     grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), dim=3)
     cropped = grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return cropped.contiguous(memory_format=torch.channels_last)
@@ -138,18 +143,15 @@ def apply_jitter(pixels: Tensor, jitter: Tensor, with_hue: bool) -> Tensor:
 
     As torchvision's ColorJitter in the order brightness, contrast, saturation, hue, but hue turns in YIQ.
     """
-    brightness, contrast, saturation, turns = jitter.T
-
-    def spread(values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1, 1).to(pixels.device)
-
-    luma = YIQ[0].to(pixels.device)
-    pixels = (pixels * spread(brightness)).clamp_(0, 255)
-    mean = pixels.mean((2, 3)) @ luma
-    pixels.mul_(spread(contrast)).add_(spread(mean) * spread(1 - contrast)).clamp_(0, 255)
+    changes = sent(jitter, pixels.device)
+    brightness, contrast, saturation = changes[:, :3].T[..., None, None, None]  # [B, 1, 1, 1] each
+    luma = sent(YIQ[0], pixels.device)
+    pixels = (pixels * brightness).clamp_(0, 255)
+    mean = (pixels.mean((2, 3)) @ luma)[:, None, None, None]
+    pixels.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
     grey = (pixels.permute(0, 2, 3, 1) @ luma)[:, None]
-    pixels.mul_(spread(saturation)).add_(grey * spread(1 - saturation)).clamp_(0, 255)
-    return adjust_hue(pixels, turns) if with_hue else pixels
+    pixels.mul_(saturation).add_(grey * (1 - saturation)).clamp_(0, 255)
+    return adjust_hue(pixels, jitter[:, 3]) if with_hue else pixels
 
 
 def adjust_hue(pixels: Tensor, turns: Tensor) -> Tensor:
@@ -159,6 +161,6 @@ def adjust_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = cosine
     rotation[:, 1, 2], rotation[:, 2, 1] = -sine, sine
-    matrices = (torch.linalg.inv(YIQ) @ rotation @ YIQ).to(pixels.device)
+    matrices = sent(torch.linalg.inv(YIQ) @ rotation @ YIQ, pixels.device)
     turned = pixels.permute(0, 2, 3, 1).flatten(1, 2) @ matrices.transpose(1, 2)
     return turned.unflatten(1, pixels.shape[2:]).permute(0, 3, 1, 2).clamp_(0, 255)

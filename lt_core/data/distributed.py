@@ -1,6 +1,7 @@
-"""What several processes share: batch norms over the whole batch, and one array of features.
+"""What several processes share: batch norms and losses over the whole batch, and one array of features.
 
 synchronise_batch_norms(model, device)        # before the model is wrapped in DistributedDataParallel
+logits = whole_batch(logits)                  # [B, N] of each process -> [W B, N] in the order of one process
 features = shared_features(len(files), 2048, blocks_of, rank, world_size)     # [M, F] float16, mapped
 """
 
@@ -69,6 +70,50 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient.contiguous())
+
+
+# ---------------------------------------------------------------- the whole batch
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) of the group that torchrun made; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_of_batch(rows: Tensor) -> Tensor:
+    """This process's share of rows [M, ...] that all of them hold: what `whole_batch` puts together again."""
+    rank, world_size = world()
+    return rows[rank::world_size]
+
+
+def whole_batch(rows: Tensor, number: int | None = None) -> Tensor:
+    """The rows of all processes [M, ...], in the order that they have in one process.
+
+    rows [B, ...]: this process's share. number: M where shares differ in length, else W B. A gradient reaches
+    the process's own rows alone. All processes compute the same from the result, so that the gradient of W
+    times its loss, averaged over processes, is that of the loss.
+    """
+    rank, world_size = world()
+    number = world_size * len(rows) if number is None else number
+    if world_size == 1 or number == 0:
+        return rows
+    length = -(-number // world_size)
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    parts[rank] = torch.cat([rows, padded[len(rows) :]])
+    return torch.stack(parts, dim=1).flatten(0, 1)[:number]
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, without gradient."""
+    _, world_size = world()
+    if world_size == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size
 
 
 # ---------------------------------------------------------------- features
