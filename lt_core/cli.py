@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         "--backbone", required=True, metavar="NAME|all", help="which to train; all: every one and seed"
     )
     one.add_argument("--seed", type=int, metavar="N", help="seed (default: the profile's)")
+    one.add_argument(
+        "--share", type=_share, default=(1, 1), metavar="I/N", help="the I-th of N parts of `all`, one for a GPU"
+    )
     one.add_argument("--out", type=Path, metavar="DIR", help="where the cache goes (default: caches/)")
     _data_root(one)
     _workers(one)
@@ -102,6 +105,14 @@ def _workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes that decode images (default: all cores, shared)"
     )
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8): the second of eight parts."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"a share reads I/N with I from 1 to N, as in 2/8, found {text!r}")
+    return int(part), int(parts)
 
 
 def _profile(name: str) -> str:
@@ -150,6 +161,8 @@ def train(arguments: argparse.Namespace) -> int:
     names = every if arguments.backbone == "all" else [arguments.backbone]
     seeds = {n: chosen.backbone(n).seeds if arguments.seed is None else [arguments.seed] for n in names}
     jobs = sorted(((seed, name) for name in names for seed in seeds[name]), key=lambda job: job[0])
+    part, parts = arguments.share
+    jobs = jobs[part - 1 :: parts]
     options = {
         "workers": arguments.workers,
         "micro_batch": arguments.micro_batch,

@@ -50,6 +50,25 @@ def test_train_all_goes_on_where_it_stopped(
     assert "sqrt seed 0: done already" in capsys.readouterr().out
 
 
+def test_shares_of_all_are_every_backbone_once(trained: list[tuple[object, ...]]) -> None:
+    sizes = []
+    for part in (1, 2, 3):
+        before = len(trained)
+        assert cli.main(["train", "--profile", "digits", "--backbone", "all", "--share", f"{part}/3"]) == 0
+        sizes.append(len(trained) - before)
+    jobs = [(name, seed) for _, name, seed, *_ in trained]
+    assert len(jobs) == len(set(jobs)) and max(sizes) - min(sizes) <= 1
+    profile = load_profile("digits")
+    assert {name for name, _ in jobs} == set(profile.backbones) - set(profile.aliases)
+
+
+@pytest.mark.parametrize("share", ["0/3", "4/3", "2", "a/b", "1/0", "-1/2"])
+def test_a_share_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--profile", "digits", "--backbone", "all", f"--share={share}"])
+    assert stopped.value.code == 2 and "a share reads I/N" in capsys.readouterr().err
+
+
 def test_train_refuses_a_profile_that_ships_its_caches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--profile", "embedded", "--backbone", "all"]) == 2
     assert "ships its caches and trains nothing" in capsys.readouterr().err

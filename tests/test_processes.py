@@ -119,9 +119,9 @@ def train(
 
 def test_one_process_makes_all_features_and_leaves_nothing_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
-    expected = torch.rand(7, 3)
+    expected = 1e5 * torch.rand(7, 3)  # bfloat16 networks pass the range of float16
     features = shared_features(7, 3, lambda rows: iter(expected[rows].split(2)))
-    assert torch.equal(features, expected.half())
+    assert torch.equal(features, expected)
     assert not list((tmp_path / ".cache" / "features").iterdir())
 
 
@@ -146,8 +146,8 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(folder, alone
     train(folder, "two", 2)
     assert_same(folder, "two", alone)
     features = np.load(folder / "two" / "features.npy")
-    assert features.shape == (37, 256) and features.dtype == np.float16
-    np.testing.assert_allclose(features, np.load(folder / "alone" / "features.npy"), atol=2e-3)
+    assert features.shape == (37, 256) and features.dtype == np.float32
+    np.testing.assert_allclose(features, np.load(folder / "alone" / "features.npy"), atol=1e-5)
     assert not list((folder / "out" / ".cache" / "features").iterdir())
 
 

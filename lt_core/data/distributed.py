@@ -2,7 +2,7 @@
 
 synchronise_batch_norms(model, device)        # before the model is wrapped in DistributedDataParallel
 logits = whole_batch(logits)                  # [B, N] of each process -> [W B, N] in the order of one process
-features = shared_features(len(files), 2048, blocks_of, rank, world_size)     # [M, F] float16, mapped
+features = shared_features(len(files), 2048, blocks_of, rank, world_size)     # [M, F] float32, mapped
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def shared_features(
     rank: int = 0,
     world_size: int = 1,
 ) -> Tensor:
-    """Features [M, F] of all images as a memory-mapped float16 tensor, of which each process makes a share.
+    """Features [M, F] of all images as a memory-mapped float32 tensor, of which each process makes a share.
 
     blocks_of(rows): the features [b, F] of the images `rows`, in order and a block at a time, so that they
     are never held in memory as a whole. Every process of the group must call it, and all of them must see the
@@ -139,7 +139,7 @@ def shared_features(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(suffix=".npy", dir=folder, delete=False) as file:
             place = [file.name]
-        np.lib.format.open_memmap(place[0], "w+", np.float16, (num_images, num_features))
+        np.lib.format.open_memmap(place[0], "w+", np.float32, (num_images, num_features))
     if world_size > 1:
         dist.broadcast_object_list(place)
     path = Path(place[0])
@@ -147,9 +147,9 @@ def shared_features(
     # Each process writes its rows, not through the map: over a network, maps overwrite what lies beside them.
     first, last = (num_images * part // world_size for part in (rank, rank + 1))
     with open(path, "r+b") as file:
-        file.seek(np.load(path, mmap_mode="r").offset + first * num_features * np.float16().itemsize)
+        file.seek(np.load(path, mmap_mode="r").offset + first * num_features * np.float32().itemsize)
         for block in blocks_of(slice(first, last)):
-            file.write(block.half().numpy().tobytes())
+            file.write(block.float().numpy().tobytes())
 
     # All map the whole array; what is mapped stays until it is let go, also without a name.
     _wait(world_size)
