@@ -129,7 +129,7 @@ def measure(network: str, recipe: Recipe, folder: Path, steps: int, machine: Mac
     batches = epoch_batches("uniform", data.splits["train"].labels, batch, 0, 0)
 
     def decode() -> None:
-        for _ in training_batches(images, batches, recipe, 0, 0, 0, machine):
+        for _ in training_batches(images, [(0, 0, batches)], recipe, 0, machine):
             pass
 
     def extract() -> None:

@@ -58,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--seed", type=int, metavar="N", help="seed (default: the profile's)")
     one.add_argument(
-        "--share", type=_share, default=(1, 1), metavar="I/N", help="the I-th of N parts of `all`, one for a GPU"
+        "--share",
+        type=_share,
+        default=(1, 1),
+        metavar="I/N",
+        help="the I-th of N parts of `all`, a GPU each",
     )
     one.add_argument("--out", type=Path, metavar="DIR", help="where the cache goes (default: caches/)")
     _data_root(one)

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -149,26 +149,25 @@ def step_generator(*key: int) -> torch.Generator:
 
 def training_pixels(
     images: Tensor | ImageFiles,
-    batches: Tensor,
+    epochs: Iterable[tuple[int, int, Tensor]],
     recipe: Recipe,
     seed: int,
-    epoch: int,
-    first_step: int,
     machine: Machine,
     views: int = 1,
 ) -> Iterator[Tensor]:
-    """Augmented pixels [views * B, C, H, W] of each step from `first_step` on; batches [steps, B].
+    """Augmented pixels [views * B, C, H, W] of each step; epochs: (epoch, first step, batches [steps, B]).
 
     Those of files are the same for any number of processes; images in memory, which lie on the device, are
     augmented a batch at once, from one random stream a step and process.
     """
     if isinstance(images, ImageFiles):
-        yield from training_batches(images, batches, recipe, seed, epoch, first_step, machine, views)
+        yield from training_batches(images, epochs, recipe, seed, machine, views)
         return
-    for step in range(first_step, len(batches)):
-        generator = step_generator(seed, epoch, step, machine.rank)
-        pixels = augment(images, batches[step].repeat(views), recipe.augmentation, generator)
-        yield resize(pixels, recipe.input_size)
+    for epoch, first_step, batches in epochs:
+        for step in range(first_step, len(batches)):
+            generator = step_generator(seed, epoch, step, machine.rank)
+            pixels = augment(images, batches[step].repeat(views), recipe.augmentation, generator)
+            yield resize(pixels, recipe.input_size)
 
 
 @torch.inference_mode()
@@ -360,23 +359,29 @@ def fit(
         if not math.isfinite(total):
             raise TrainingError(f"the loss is {total} in epoch {state['epoch'] + 1}: lower the learning rate")
 
-    steps = len(train) // recipe.batch_size
+    # Batches and their order are a function of (seed, epoch) alone; one loader makes those of all epochs.
+    def batches_of(epoch: int) -> Tensor:
+        return epoch_batches(
+            sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
+        )
+
+    first, steps = (state["epoch"], state["step"]), len(train) // recipe.batch_size
+    epochs = ((e, first[1] * (e == first[0]), batches_of(e)) for e in range(first[0], recipe.epochs))
+    loader = training_pixels(images, epochs, recipe, seed, machine, views)
+
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
     with sigterm_noted() as preempted:
         while state["epoch"] < recipe.epochs:
-            # Epoch: its batches and their order are a function of (seed, epoch) alone.
+            # Epoch: the targets [steps, B] of all its steps, at once.
             epoch = state["epoch"]
-            batches = epoch_batches(
-                sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size
-            )
-            targets = train.labels[batches].repeat(1, views).to(machine.device)  # once an epoch: [steps, B]
+            targets = train.labels[batches_of(epoch)].repeat(1, views).to(machine.device)
             sums = torch.tensor([state["loss"], state["correct"]], device=machine.device, dtype=torch.float64)
             model.train()
             loss.begin_epoch(epoch / recipe.epochs)
             model.begin_epoch(epoch / recipe.epochs)
-            loader = training_pixels(images, batches, recipe, seed, epoch, state["step"], machine, views)
-            for step, pixels in enumerate(loader, start=state["step"]):
-                # Step: learning rates, gradient, weights.
+            for step in range(state["step"], steps):
+                # Step: pixels, learning rates, gradient, weights.
+                pixels = next(loader)
                 for group in optimiser.param_groups:
                     group["lr"] = group["peak"] * lr_at(epoch * steps + step, total, warmup)
                 sums += accumulate_gradient(network, loss, pixels, targets[step], micro_batch, machine)

@@ -1,5 +1,8 @@
 """Images in files: the same pixels whatever decodes them, and errors that name the file."""
 
+import os
+import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lt_core.checks import DataError, InputError
+from lt_core.checks import DataError, InputError, TrainingError
+from lt_core.data import image_files
 from lt_core.data.image_files import (
     Crops,
     ImageFiles,
@@ -47,7 +51,7 @@ def machine(rank: int = 0, world_size: int = 1, workers: int = 0) -> SimpleNames
 def epoch(files: ImageFiles, rank: int = 0, world_size: int = 1, first: int = 0, **options: object) -> list:
     batches = epoch_batches("uniform", torch.zeros(24, dtype=torch.int64), 8, 0, 0, rank, world_size)
     place = machine(rank=rank, world_size=world_size, **options)
-    return list(training_batches(files, batches, RECIPE, 0, 0, first, place))
+    return list(training_batches(files, [(0, first, batches)], RECIPE, 0, place))
 
 
 def test_pixels_do_not_depend_on_workers_processes_or_where_an_epoch_is_resumed(files):
@@ -69,13 +73,49 @@ def test_pixels_do_not_depend_on_workers_processes_or_where_an_epoch_is_resumed(
             assert torch.equal(batch[rank::2], shares[rank][step])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_make_whole_batches_in_order(files, monkeypatch, workers):
+    """However small the pieces, and over several epochs, of which the first is resumed."""
+    batches = epoch_batches("uniform", torch.zeros(24, dtype=torch.int64), 8, 0, 0)
+    epochs = [(0, 2, batches), (1, 0, batches), (2, 0, batches[:, :5])]
+    expected = [b for one in epochs for b in training_batches(files, [one], RECIPE, 0, machine(), views=2)]
+    monkeypatch.setattr(image_files, "PIECE", 3)
+    found = list(training_batches(files, epochs, RECIPE, 0, machine(workers=workers), views=2))
+    assert [len(batch) for batch in found] == [16] * 4 + [10] * 3
+    for one, two in zip(expected, found, strict=True):
+        assert torch.equal(one, two)
+    (test_images,) = evaluation_batches(files, 24, machine(workers=workers))
+    assert len(test_images) == 24
+
+
+def test_too_little_shared_memory_is_named_with_its_remedy(files, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=10**6)
+    monkeypatch.setattr(image_files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TrainingError, match=r"^100 workers need 28 MB in /dev/shm, .* 1 MB .*--shm-size"):
+        next(evaluation_batches(files, 24, machine(workers=100)))
+    assert next(evaluation_batches(files, 24, machine())).shape == (24, 3, 24, 24)  # no worker, no need
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(files, monkeypatch):
+    read = image_files.Crops.__getitem__
+
+    def dying(crops: image_files.Crops, crop: image_files.Crop) -> object:
+        if crop[0] == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(crops, crop)
+
+    monkeypatch.setattr(image_files.Crops, "__getitem__", dying)
+    with pytest.raises(TrainingError, match=r"^a process that decodes images was ended [^\n]*--workers N"):
+        list(evaluation_batches(files, 24, machine(workers=1)))
+
+
 def test_two_views_differ_and_colours_change(files):
     batches = torch.arange(4)[None]
-    (pixels,) = training_batches(files, batches, RECIPE, 0, 0, 0, machine(), views=2)
+    (pixels,) = training_batches(files, [(0, 0, batches)], RECIPE, 0, machine(), views=2)
     assert pixels.shape == (8, 3, 24, 24)
     assert (pixels[:4] - pixels[4:]).abs().mean() > 5
     grey = RECIPE.model_copy(update={"augmentation": AUGMENTATION.model_copy(update={"grey": 1.0})})
-    (pixels,) = training_batches(files, batches, grey, 0, 0, 0, machine())
+    (pixels,) = training_batches(files, [(0, 0, batches)], grey, 0, machine())
     torch.testing.assert_close(pixels[:, 0], pixels[:, 2], atol=0.01, rtol=0)
 
 
@@ -128,5 +168,5 @@ def test_rows_are_selected_as_those_of_a_tensor(files):
 
 
 def test_a_crop_without_a_key_changes_nothing(files):
-    pixels, jitter = Crops(files, 24)[0]
+    pixels, jitter = Crops(files, 24)[0, None]
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 24) and jitter.tolist() == [1, 1, 1, 0]

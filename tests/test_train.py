@@ -185,7 +185,7 @@ def test_a_step_waits_for_no_copy(how):
     loss = build_loss("lade", torch.tensor([5, 4, 4, 3, 2, 2])).to(device)
     targets = torch.zeros(1, 8, dtype=torch.long, device=device)
     with Copies() as copies:
-        (pixels,) = train.training_pixels(images, torch.zeros(1, 8).long(), recipe, 0, 0, 0, machine)
+        (pixels,) = train.training_pixels(images, [(0, 0, torch.zeros(1, 8).long())], recipe, 0, machine)
         train.accumulate_gradient(model, loss, pixels, targets[0], 0, machine)
     assert copies.number >= 3 and not copies.waited
 

@@ -3,13 +3,15 @@
 Every random choice is a function of (seed, epoch, position in the epoch), so what a network sees depends
 neither on the number of workers nor on that of processes. Colours are changed on the device, a batch at once.
 
-    for pixels in training_batches(files, batches, recipe, seed, epoch, first_step, machine):   # [B, 3, S, S]
+    for pixels in training_batches(files, epochs, recipe, seed, machine):   # [B, 3, S, S]
     for pixels in evaluation_batches(files, size, machine):
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,14 +23,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from lt_core.checks import DataError, InputError
+from lt_core.checks import DataError, InputError, TrainingError
 from lt_core.data.augmentation import apply_jitter, draw_jitter
 from lt_core.data.profiles import Augmentation, Recipe
 
 CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256
 ASPECTS = (3 / 4, 4 / 3)  # of random crops
 EVALUATION_BATCH = 256  # images
-PREFETCH = 4  # batches that each worker keeps ready
+PIECE = 32  # images that a worker makes at once, whatever the batch: 5 MB of shared memory
+PREFETCH = 4  # pieces that each worker keeps ready
+Key = tuple[int, ...]  # the seed of a crop's random choices
+SHARED_MEMORY = Path("/dev/shm")  # where workers hand over what they made
+Crop = tuple[int, Key | None]  # row of the image and its key; None: the central square, nothing changes
 
 
 class Machine(Protocol):
@@ -57,36 +63,25 @@ class ImageFiles:
         """Decode `sample` images, evenly spaced; raises DataError naming one that cannot be read."""
         crops = Crops(self, 32)
         for row in np.unique(np.linspace(0, len(self) - 1, sample).astype(int)):
-            crops[row]
+            crops[row, None]
 
 
 class Crops(TorchDataset):
-    """One crop of each of `files` [M]: pixels uint8 [3, S, S] and its colour changes [4].
+    """Crops of `files` [M]: crops[row, key] gives pixels uint8 [3, S, S] and colour changes [4]."""
 
-    keys: the seed of each crop's random choices; without keys it is the central square and nothing changes.
-    """
-
-    def __init__(
-        self,
-        files: ImageFiles,
-        size: int,
-        how: Augmentation | None = None,
-        keys: list[tuple[int, ...]] | None = None,
-    ) -> None:
+    def __init__(self, files: ImageFiles, size: int, how: Augmentation | None = None) -> None:
         if not size:
             raise InputError("images in files need an input_size in the recipe")
         if how is not None and how.crop_padding:
             raise InputError("crop_padding is for images in memory: use random_resized_crop for files")
-        self.files, self.size, self.how, self.keys = files, size, how, keys
+        self.files, self.size, self.how = files, size, how
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, crop: Crop) -> tuple[Tensor, Tensor]:
+        row, key = crop
         name = self.files.names[row]
         try:
             with Image.open(self.files.folder / name) as image:
-                box, mirrored, jitter = self._choices(image, row)
+                box, mirrored, jitter = self._choices(image, key)
                 top, left, height, width = box
                 corners = (left, top, left + width, top + height)
                 size = (self.size, self.size)
@@ -96,16 +91,16 @@ class Crops(TorchDataset):
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
         return (pixels.flip(2) if mirrored else pixels), jitter
 
-    def _choices(self, image: Image.Image, row: int) -> tuple[tuple[float, ...], bool, Tensor]:
+    def _choices(self, image: Image.Image, key: Key | None) -> tuple[tuple[float, ...], bool, Tensor]:
         """The box to cut (top, left, height, width), whether it is mirrored, and colour changes [4]."""
         from torchvision.transforms import RandomResizedCrop  # takes seconds to import
 
         box, mirrored, jitter = central_square(image.size), False, torch.tensor([1.0, 1.0, 1.0, 0.0])
-        if self.keys is None:
+        if key is None:
             return box, mirrored, jitter
         # torchvision draws from the global generator: it is seeded for this image, and put back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(*self.keys[row]))
+            torch.manual_seed(seed_of(*key))
             if self.how.random_resized_crop:
                 scale = [self.how.random_resized_crop, 1.0]
                 box = RandomResizedCrop.get_params(image, scale, list(ASPECTS))
@@ -128,50 +123,98 @@ def seed_of(*key: int) -> int:
 
 def training_batches(
     files: ImageFiles,
-    batches: Tensor,
+    epochs: Iterable[tuple[int, int, Tensor]],
     recipe: Recipe,
     seed: int,
-    epoch: int,
-    first_step: int,
     machine: Machine,
     views: int = 1,
 ) -> Iterator[Tensor]:
-    """Augmented pixels [views * B, 3, S, S] (0..255, float, channels-last) of each step from `first_step` on.
+    """Augmented pixels [views * B, 3, S, S] (0..255, float, channels-last) of each step of some epochs.
 
-    batches [steps, B]: this process's share of every global batch, as `samplers.epoch_batches` gives it.
-    With several views, a batch holds the first view of all its images, then the second.
+    epochs: (epoch, first step, batches [steps, B]), with this process's share of every global batch, as
+    `samplers.epoch_batches` gives it. With several views, a batch holds the first view of all its images,
+    then the second. Workers go on with the next epoch while the network is evaluated.
     """
-    # The position of an image is that in the whole epoch, the same for any number of processes.
-    positions = torch.arange(batches.numel()).view_as(batches) * machine.world_size + machine.rank
-    rows, positions = (values[first_step:].repeat(1, views).flatten() for values in (batches, positions))
-    view = torch.arange(views).repeat_interleave(batches.shape[1]).repeat(len(batches) - first_step)
-    keys = [(seed, epoch, *key) for key in zip(positions.tolist(), view.tolist(), strict=True)]
-
     how = recipe.augmentation
-    crops = Crops(files[rows], recipe.input_size, how, keys)
-    for pixels, jitter in _loaded(crops, views * batches.shape[1], machine):
+    crops = Crops(files, recipe.input_size, how)
+    for pixels, jitter in _loaded(crops, _training_crops(epochs, seed, machine, views), machine):
         yield apply_jitter(pixels, jitter, with_hue=how.hue > 0) if how.colour_jitter else pixels
+
+
+def _training_crops(
+    epochs: Iterable[tuple[int, int, Tensor]], seed: int, machine: Machine, views: int
+) -> Iterator[list[Crop]]:
+    """The crops of each step; the position in a key is that in the epoch, for any number of processes."""
+    for epoch, first_step, batches in epochs:
+        for step, rows in enumerate(batches[first_step:].tolist(), start=first_step):
+            positions = range(step * len(rows), (step + 1) * len(rows))
+            places = [position * machine.world_size + machine.rank for position in positions]
+            yield [
+                (row, (seed, epoch, place, view))
+                for view in range(views)
+                for row, place in zip(rows, places, strict=True)
+            ]
 
 
 def evaluation_batches(files: ImageFiles, size: int, machine: Machine) -> Iterator[Tensor]:
     """Pixels [B, 3, S, S] (0..255, float, channels-last) of all images in order, each its central square."""
-    for pixels, _ in _loaded(Crops(files, size), EVALUATION_BATCH, machine):
+    batches = ([(row, None) for row in rows] for rows in _split(range(len(files)), EVALUATION_BATCH))
+    for pixels, _ in _loaded(Crops(files, size), batches, machine):
         yield pixels
 
 
-def _loaded(crops: Crops, batch_size: int, machine: Machine) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order, pixels as float on the device. A worker's DataError arrives as its own sentence."""
+def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order, pixels as float on the device; raises DataError in the words of a worker's."""
+    _check_shared_memory(crops.size, machine)
+    sizes: deque[int] = deque()
+
+    def pieces() -> Iterator[list[Crop]]:
+        for batch in batches:
+            sizes.append(len(batch))
+            yield from _split(batch, PIECE)
+
     loader = DataLoader(
         crops,
-        batch_size,
+        batch_sampler=pieces(),
         num_workers=machine.workers,
         pin_memory=machine.device.type == "cuda",
         generator=torch.Generator(),  # so that it draws no seed from the global one
         prefetch_factor=PREFETCH if machine.workers else None,
     )
+    parts: list[tuple[Tensor, Tensor]] = []
     try:
         for pixels, jitter in loader:
-            pixels = pixels.to(machine.device, non_blocking=True)
+            parts.append((pixels.to(machine.device, non_blocking=True), jitter))
+            if sum(len(part) for _, part in parts) < sizes[0]:
+                continue
+            sizes.popleft()
+            pixels, jitter = (torch.cat(of) for of in zip(*parts, strict=True))
+            parts.clear()
             yield pixels.to(dtype=torch.float32, memory_format=torch.channels_last), jitter
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a process that decodes images was ended from outside, often for want of memory: "
+            "the same command resumes; --workers N takes fewer"
+        ) from None
+
+
+def _split(values: Sequence, size: int) -> Iterator[Sequence]:
+    """The values, so many at a time."""
+    return (values[first : first + size] for first in range(0, len(values), size))
+
+
+def _check_shared_memory(size: int, machine: Machine) -> None:
+    """Raises TrainingError where /dev/shm cannot hold what the workers keep ready; a full one kills them."""
+    if not machine.workers or not SHARED_MEMORY.is_dir():
+        return
+    needed = machine.workers * (PREFETCH + 1) * PIECE * 3 * size**2
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise TrainingError(
+            f"{machine.workers} workers need {needed / 1e6:.0f} MB in {SHARED_MEMORY}, where "
+            f"{free / 1e6:.0f} MB are free: start a container with --shm-size, or take fewer with --workers N"
+        )
