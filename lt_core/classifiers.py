@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from lt_core import baselines, paths
+from lt_core import baselines, evidence, paths
 from lt_core.baselines import Logits
 from lt_core.cache import FeatureCache, kind_of, own_classifier
 from lt_core.checks import InputError, TrainingError, check_labels, check_matrix, unknown
@@ -53,10 +53,20 @@ Setting = dict[str, float]
 
 @dataclass(frozen=True)
 class Classifier:
-    """How a classifier is made: `build(cache, **setting) -> logits`, and the settings to choose among."""
+    """How a classifier is made: `build(cache, **setting) -> logits`, and the settings to choose among.
+
+    prepare: what all settings share, made once of the cache and given to `build` in its place.
+    """
 
     build: Callable[..., Logits]
     settings: Sequence[Setting] = ({},)
+    prepare: Callable[[FeatureCache], Any] = lambda cache: cache
+
+    def of(self, cache: FeatureCache) -> Callable[..., Logits]:
+        """`build` on this cache: setting -> logits; one with a seed takes the cache's."""
+        seeded = "seed" in inspect.signature(self.build).parameters
+        seed = {"seed": cache.meta.get("seed", 0)} if seeded else {}
+        return partial(self.build, self.prepare(cache), **seed)
 
 
 # ---------------------------------------------------------------- the paper's classifiers (Sec. 3, Eq. 1-9)
@@ -185,6 +195,17 @@ CLASSIFIERS: dict[str, Classifier] = {
     "ensemble+logit_adjustment": Classifier(_adjusted_ensemble, OF_THE_ENSEMBLE),
     "ensemble+logit_adjustment_0.5": Classifier(_adjusted_ensemble, _grid(strength=(0.5,))),
     "ensemble+logit_adjustment_1": Classifier(_adjusted_ensemble, _grid(strength=(1.0,))),
+    # beyond the paper: evidence of the stored training images
+    "image_density": Classifier(
+        evidence.image_density,
+        _grid(share=(0.4, 0.8), strength=(0.5, 0.75, 1.0, 1.25)),
+        evidence.WithDensity,
+    ),
+    "image_evidence": Classifier(
+        evidence.image_evidence,
+        _grid(share=(0.4, 0.8), strength=(-0.25, 0.0, 0.25, 0.5)),
+        evidence.Evidence,
+    ),
 }
 
 
@@ -197,10 +218,8 @@ def name_of(cache: FeatureCache, name: str) -> str:
 
 
 def build(cache: FeatureCache, name: str, **setting: float) -> Logits:
-    """The classifier of that name: features [M, F] -> logits [M, N]; one with a seed takes the cache's."""
-    classifier = CLASSIFIERS[name_of(cache, name)]
-    seeded = "seed" in inspect.signature(classifier.build).parameters
-    return classifier.build(cache, **setting, **({"seed": cache.meta.get("seed", 0)} if seeded else {}))
+    """The classifier of that name: features [M, F] -> logits [M, N]."""
+    return CLASSIFIERS[name_of(cache, name)].of(cache)(**setting)
 
 
 # ---------------------------------------------------------------- choosing a setting on validation images
@@ -220,19 +239,21 @@ class Fitted:
         return getattr(self.logits, "note", "")
 
 
-def fit(cache: FeatureCache, name: str) -> Fitted:
+def fit(cache: FeatureCache, name: str | Classifier) -> Fitted:
     """The classifier with the setting of the best total accuracy on validation images, the first of equals.
 
-    The test images play no part. Raises TrainingError when no setting could be trained.
+    name: of the registry, or a classifier that is not in it. The test images play no part. Raises
+    TrainingError when no setting could be trained.
     """
-    settings = CLASSIFIERS[name_of(cache, name)].settings
+    classifier = name if isinstance(name, Classifier) else CLASSIFIERS[name_of(cache, name)]
+    settings, build_on = classifier.settings, classifier.of(cache)
     if len(settings) == 1:
-        return Fitted(build(cache, name, **settings[0]), settings[0], [])
+        return Fitted(build_on(**settings[0]), settings[0], [])
     best, tried = (-1.0, None, {}), []
     features, labels = cache.features("val"), cache.labels("val")
     for setting in settings:
         try:
-            logits = build(cache, name, **setting)
+            logits = build_on(**setting)
         except TrainingError:
             tried.append((setting, float("nan")))
             continue
@@ -337,6 +358,7 @@ def _code() -> str:
         "baselines",
         "cache",
         "classifiers",
+        "evidence",
         "losses",
         "metrics",
         "models",

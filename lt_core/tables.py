@@ -109,6 +109,8 @@ NOT_IN_PRINT = {
     "LADE, head only": "lade_head",
     "Class-balanced loss, head only": "class_balanced_head",
     "Focal loss, head only": "focal_head",
+    "density of the training images, logit adjustment": "image_density",
+    "transfer, evidence of the training images, balance": "image_evidence",
 }
 
 
