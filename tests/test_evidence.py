@@ -207,7 +207,7 @@ def test_with_inducing_images_the_density_is_that_of_them_alone(cache, monkeypat
     asked, kept = x[:20], some.kept
     for i in range(6):
         members = kept[labels[kept] == i]
-        kernel = (20 * (whole._white(asked) @ whole.images[members].T - 1)).exp().mean(1).log()
+        kernel = (20 * (whole.whitened(asked) @ whole.images[members].T - 1)).exp().mean(1).log()
         torch.testing.assert_close(some(asked)[:, i], kernel, rtol=1e-4, atol=1e-4)
     assert predict(cache, "image_evidence").shape == (180,)
 
