@@ -9,10 +9,13 @@ score_vs_gemm    seconds to score images with that ensemble over one product of 
                  classifiers stacked. Aim at most 1.2.
 extra_gib_100k   peak memory beyond inputs and outputs, in GiB, of building them for 100,000 classes x 512
                  features, in a process of its own. Aim below 1.
+evidence_gib_100k  peak memory beyond inputs, in GiB, of `image_evidence` on 100,000 training images x 256.
 
 The two of a pair are interleaved and their medians compared. Also shown: how the cost grows with the number
 of classes (up to 8,142, as in iNaturalist 2018, and the largest), how far float32 is from float64, and what a
-sparse attention to the m nearest classes would save and cost. The last line is one JSON object.
+sparse attention to the m nearest classes would save and cost. Last, time and memory of `image_evidence`,
+which reads the training images themselves, against their number (above `lt_core.evidence.MOST` its density
+reads some of each class). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,10 +34,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from lt_core.transfer import TEMPERATURE, ensemble_probabilities, hybrid_classifiers, knowledge_transfer
+from lt_core.cache import FeatureCache
+from lt_core.evidence import Evidence, image_evidence
+from lt_core.transfer import (
+    TEMPERATURE,
+    ensemble_probabilities,
+    hybrid_classifiers,
+    knowledge_transfer,
+    prototypes,
+)
 
 GROUPS = (0.391, 0.463, 0.146)  # many, medium and few in ImageNet-LT: shares of the classes
 CURVE = (500, 1000, 2000, 4000, 8142)
+TRAINING_IMAGES = (5_000, 10_000, 20_000, 50_000, 100_000)
 
 
 def long_tail(classes: int, dims: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +122,37 @@ def show_precision(prototypes: Tensor, weights: Tensor, counts: Tensor) -> None:
     print(f"{scores.abs().max():.1e} in a probability")
 
 
+def evidence_cost(images: int, classes: int, dims: int) -> tuple[float, float, float, int]:
+    """Seconds to prepare `image_evidence` and to score 1,000 images, GiB beyond inputs, images kept."""
+    generator = torch.Generator().manual_seed(0)
+    counts = (1000 * 0.977 ** torch.arange(classes)).clamp(min=5)  # as long a tail as Tiny-ImageNet-LT's
+    counts = (counts * images / counts.sum()).ceil().long()
+    labels = torch.arange(classes).repeat_interleave(counts)
+    centres = torch.randn(classes, dims, generator=generator)
+    features = centres[labels] + torch.randn(len(labels), dims, generator=generator)
+    asked = centres[torch.arange(1000) % classes] + torch.randn(1000, dims, generator=generator)
+    means = prototypes(features, labels, classes)
+    cache = FeatureCache(centres, 16.0, counts, means, {"train": (features, labels)}, meta={})
+    before = psutil.Process().memory_info().rss / 2**30
+    started = time.perf_counter()
+    evidence = Evidence(cache)
+    classify = image_evidence(evidence, share=0.4, strength=0.25)
+    prepared = time.perf_counter() - started
+    scored = seconds(lambda: classify(asked))
+    return prepared, scored, peak_gib() - before, len(evidence.density.kept)
+
+
+def show_evidence(classes: int = 200, dims: int = 256) -> float:
+    """A line for each number of training images; gives the GiB of the largest."""
+    words = ("training images", "read by the density", "prepare, s", "score 1,000, s", "GiB")
+    print(f"\nimage_evidence, {classes} classes x {dims}\n" + "".join(f"{word:>21}" for word in words))
+    for images in TRAINING_IMAGES:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            prepared, scored, gib, kept = pool.apply(evidence_cost, (images, classes, dims))
+        print(f"{images:21,}{kept:21,}{prepared:21.1f}{scored:21.2f}{gib:21.2f}")
+    return gib
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,10 +197,12 @@ def main() -> None:
 
     show_precision(*inputs)
     show_sparse(*inputs, options.repeats)
+    evidence_gib = show_evidence()
     ratios = {
         "build_vs_gemm": build_s / bare_build_s,
         "score_vs_gemm": score_s / bare_score_s,
         "extra_gib_100k": extra_gib,
+        "evidence_gib_100k": evidence_gib,
     }
     print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
 

@@ -56,12 +56,18 @@ class Density:
 
         Raises InputError where no class has two different images: there is then no covariance.
         """
-        sums = x.double().new_zeros(len(counts), x.shape[1]).index_add_(0, labels, x.double())
-        means = sums / counts[:, None]
-        scatter = x.double().T @ x.double() - means.T @ (counts[:, None] * means)
+        num_features = x.shape[1]
+        means = x.new_zeros(len(counts), num_features, dtype=torch.float64)
+        scatter = x.new_zeros(num_features, num_features, dtype=torch.float64)
+        for rows in torch.arange(len(x)).split(BLOCK):
+            block = x[rows].double()
+            means.index_add_(0, labels[rows], block)
+            scatter += block.T @ block
+        means /= counts[:, None]
+        scatter -= means.T @ (counts[:, None] * means)
         values, vectors = torch.linalg.eigh(scatter / max(1, len(x) - len(counts)))
         values = values.clamp(min=0)
-        if not values.mean() > torch.finfo(x.dtype).eps:
+        if not values.mean() > torch.finfo(x.dtype).eps ** 2:
             raise InputError("train features: the images of a class are all alike, a density needs a spread")
         values = (1 - SHRINKAGE) * values + SHRINKAGE * values.mean()
         self.whitening, self.centre = (vectors * values.rsqrt() @ vectors.T).to(x), means.mean(0).to(x)
