@@ -169,6 +169,20 @@ def test_both_know_more_than_the_learned_classifier(cache):
     assert min(right("image_density"), right("image_evidence")) > right("cosine") + 0.01
 
 
+def test_all_settings_share_what_is_prepared(cache):
+    made = []
+
+    def prepare(cache: FeatureCache) -> Evidence:
+        made.append(Evidence(cache))
+        return made[-1]
+
+    found = fit(cache, replace(CLASSIFIERS["image_evidence"], prepare=prepare))
+    assert len(made) == 1 and len(found.tried) == 8
+    named = fit(cache, "image_evidence")
+    assert (found.setting, found.tried) == (named.setting, named.tried)
+    assert torch.equal(found.logits(cache.features("test")), named.logits(cache.features("test")))
+
+
 def test_what_was_seen_last_is_kept_for_other_settings(cache, prepared, monkeypatch):
     features = cache.features("val").clone()
     first = [image_evidence(prepared, **setting)(features) for setting in SETTINGS]
