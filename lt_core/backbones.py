@@ -38,8 +38,8 @@ from lt_core.checks import CacheError, TrainingError
 from lt_core.data.datasets import Dataset, Split, load_dataset
 from lt_core.data.distributed import shared_features
 from lt_core.data.image_files import ImageFiles
-from lt_core.data.profiles import Backbone, Pretraining, Profile, Recipe, load_profile
-from lt_core.data.weights import load_simclr_weights, load_supervised_weights
+from lt_core.data.profiles import FILES, Backbone, Pretraining, Profile, Recipe, load_profile
+from lt_core.data.weights import load_simclr_weights, load_supervised_weights, load_weights_file
 from lt_core.losses import build_loss
 from lt_core.metrics import group_accuracy, group_of
 from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
@@ -174,7 +174,7 @@ def prepare(
     backbone = profile.backbone(name)
     machine = this_machine(**(options or {}))
     log.info("%s/%s seed %d: %s", profile.name, name, seed, machine.description)
-    data = load_dataset(profile.dataset_of(name), data_root)
+    data = load_dataset(profile.dataset_of(name), data_root, profile.images)
     kept = trained_classes(backbone, data)
 
     # The network and its start, then the classifier: this order of random numbers is part of a seed.
@@ -219,12 +219,14 @@ def train_backbone(
     return folder
 
 
-def train_frozen(job: Job, folder: Path, started: float) -> None:
-    """A frozen backbone: features are extracted once, and a head is trained on them."""
-    network = job.model.backbone.to(job.machine.device, memory_format=torch.channels_last)
-    sizes = ", ".join(f"{len(split)} {name}" for name, split in job.data.splits.items())
-    log.info("extracting features of %s images", sizes)
-    features, _ = project(extract_splits(network, job), job.backbone.feature_dims)
+def train_frozen(job: Job, folder: Path, started: float, features: dict[str, Tensor] | None = None) -> None:
+    """A frozen backbone: features are extracted once (unless given), and a head is trained on them."""
+    if features is None:
+        network = job.model.backbone.to(job.machine.device, memory_format=torch.channels_last)
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in job.data.splits.items())
+        log.info("extracting features of %s images", sizes)
+        features = extract_splits(network, job)
+    features, _ = project(features, job.backbone.feature_dims)
     head, recipe = job.model.classifier, job.recipe
     loss = build_loss(job.backbone.loss, job.data.counts, **job.backbone.loss_options)
     best: dict[str, Any] = {}
@@ -253,6 +255,8 @@ def start_weights(
         load_supervised_weights(network, backbone.network, data_root)
     elif backbone.start == "simclr_imagenet":
         load_simclr_weights(network, backbone.network, data_root)
+    elif backbone.start.endswith(FILES):
+        load_weights_file(network, backbone.network, backbone.start, data_root)
     elif backbone.start != "scratch":
         with torch.random.fork_rng(devices=[]):  # the classifier is the same whether this trains or not
             weights = pretrain(profile, backbone.start, seed, data_root)
@@ -439,7 +443,8 @@ def cache_accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float
     None for a group without classes, and for few-shot and total where few-shot classes were not trained on.
     """
     own, left_out = own_classifier(cache), ~cache.trained
-    result: dict[str, dict[str, dict[str, float | None]]] = {"val": {}, "test": {}}
+    splits = [split for split in ("val", "test") if split in cache.splits]  # own data may lack test images
+    result: dict[str, dict[str, dict[str, float | None]]] = {split: {} for split in splits}
     for split, found in result.items():
         features, labels = cache.splits[split]
         logits = {
@@ -455,8 +460,11 @@ def cache_accuracies(cache: FeatureCache) -> dict[str, dict[str, dict[str, float
 
 
 def refuse_chance(accuracy: float | None, num_classes: int) -> None:
-    """Raises TrainingError when nothing was learned (validation accuracy in percent within twice chance)."""
-    if accuracy is not None and accuracy <= 200 / num_classes:
+    """Raises TrainingError when nothing was learned: validation accuracy (percent) within twice chance.
+
+    Of fewer than 20 classes, within 5 points of it.
+    """
+    if accuracy is not None and accuracy <= min(200 / num_classes, 100 / num_classes + 5):
         raise TrainingError(
             f"validation accuracy {accuracy:.2f} % (of many-shot classes, where there are groups) is "
             f"chance among {num_classes}: nothing was learned, so nothing is kept; check the learning rate"
@@ -464,11 +472,12 @@ def refuse_chance(accuracy: float | None, num_classes: int) -> None:
 
 
 def summary_line(folder: Path) -> str:
-    """Test accuracies of a cache in one line."""
+    """Test accuracies of a cache in one line (of a data set without test images, validation accuracies)."""
+    split, found = list(read_meta(folder)["accuracies"]["last"].items())[-1]
     parts = []
-    for name, groups in read_meta(folder)["accuracies"]["last"]["test"].items():
+    for name, groups in found.items():
         parts.append(f"{name} " + " / ".join("-" if v is None else f"{v:.1f}" for v in groups.values()))
-    return "test, many / medium / few / total: " + ", ".join(parts)
+    return f"{split}, many / medium / few / total: " + ", ".join(parts)
 
 
 def provenance(job: Job) -> dict[str, object]:

@@ -5,6 +5,7 @@ ranges, and never unpickles; anybody's cache of this format is accepted.
 
     cache = load_cache("caches/tiny_imagenet_lt/sqrt/seed0")
     cache.features("test"), cache.labels("test"), cache.weights, cache.scale, cache.prototypes, cache.counts
+    cache = FeatureCache.from_arrays(train=(X, y), val=(X_val, y_val), test=(X_test, y_test))
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from lt_core import paths
 from lt_core.checks import CacheError, InputError, check_counts, check_labels, check_matrix, check_positive
 from lt_core.models import build_classifier
+from lt_core.transfer import SCALE, prototypes
 
 FORMAT_VERSION = 1
 TENSORS, META = "features.safetensors", "meta.json"
@@ -54,6 +57,65 @@ class FeatureCache:
     bias: Tensor | None = None
     direction: Tensor | None = None
 
+    @classmethod
+    def from_arrays(
+        cls,
+        train: tuple[object, object],
+        val: tuple[object, object] | None = None,
+        test: tuple[object, object] | None = None,
+        weights: object | None = None,
+        scale: float = SCALE,
+        class_names: Sequence[str] | None = None,
+        name: str = "arrays",
+    ) -> FeatureCache:
+        """A cache of anybody's features [M, F], of any float type, with labels [M], text or numbers.
+
+        Classes are the sorted labels of `train` (class_names: other names for them, in this order). weights
+        [N, F] and scale: a trained cosine classifier; without them one is learned on the training features.
+        Without `val` it is made of training features, as `datasets.held_out` says. Raises InputError for
+        labels that training lacks and for shapes that do not fit.
+        """
+        from lt_core.data.datasets import VAL_LEAST, held_out  # imports this package's data, which we do not
+        from lt_core.estimator import learned_classifier
+
+        given = {"train": train, "val": val, "test": test}
+        arrays = {split: _labelled(split, *pair) for split, pair in given.items() if pair is not None}
+        classes = np.unique(arrays["train"][1])
+        splits: dict[str, Split] = {}
+        for split, (features, labels) in arrays.items():
+            if unknown_labels := np.setdiff1d(labels, classes).tolist():
+                raise InputError(f"the {split} label {unknown_labels[0]!r} is none of the training labels")
+            splits[split] = features, torch.from_numpy(np.searchsorted(classes, labels))
+        if val is None:
+            features, labels = splits["train"]
+            taken = torch.from_numpy(held_out(labels.numpy()))
+            if not taken.any():
+                raise InputError(
+                    f"there are no validation features, and no class has {VAL_LEAST} to make some of"
+                )
+            splits |= {"train": (features[~taken], labels[~taken]), "val": (features[taken], labels[taken])}
+        features, labels = splits["train"]
+        counts = torch.bincount(labels, minlength=len(classes))
+        if weights is None:
+            weights, scale = learned_classifier(features, labels, counts, "square_root", 20, seed=0)
+        names = list(map(str, classes.tolist() if class_names is None else class_names))
+        meta = {
+            "class_names": names,
+            "dataset": name,
+            "backbone": "study",
+            "seed": 0,
+        }
+        cache = cls(
+            weights=check_matrix("weights", weights, len(classes), features.shape[1]).detach().float().cpu(),
+            scale=check_positive("scale", scale),
+            counts=counts,
+            prototypes=prototypes(features, labels, len(classes)),
+            splits={split: splits[split] for split in SPLITS if split in splits},
+            meta=meta,
+        )
+        check_cache(cache)
+        return cache
+
     def features(self, split: str) -> Tensor:
         """Features [M, F] of `train`, `val` or `test`; raises CacheError when they were not stored."""
         return self._stored(split)[0]
@@ -78,6 +140,17 @@ class FeatureCache:
     def trained(self) -> Tensor:
         """Which classes have a learned classifier row [N] (all but in `continual`)."""
         return ~self.weights.isnan().any(dim=1)
+
+
+def _labelled(split: str, features: object, labels: object) -> tuple[Tensor, np.ndarray]:
+    """Features [M, F] as float32 on the CPU, labels [M] as they are; raises InputError for other shapes."""
+    matrix = check_matrix(f"{split} features", features).detach().float().cpu()
+    found = labels.numpy(force=True) if isinstance(labels, Tensor) else np.asarray(labels)
+    if found.shape != (len(matrix),) or found.dtype.kind not in "biuOSUT":
+        raise InputError(
+            f"{split} labels must be {len(matrix)} whole numbers or texts, found {found.dtype} {found.shape}"
+        )
+    return matrix, found
 
 
 def kind_of(cache: FeatureCache) -> str:

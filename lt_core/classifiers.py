@@ -85,6 +85,11 @@ def _prototypes_and_weights(cache: FeatureCache) -> list[Tensor]:
     return [continual_classifier(cache.prototypes, weights, cache.counts, transfer=weights)]
 
 
+def ensemble_ks(cache: FeatureCache) -> list[int]:
+    """The k of the ensemble (Eq. 8) that some class exceeds: 0, 20 and 100 in the paper's data sets."""
+    return [k for k in ENSEMBLE if k < cache.counts.max()]
+
+
 def _hybrid(cache: FeatureCache, ks: Sequence[int], temperature: float = TEMPERATURE) -> list[Tensor]:
     return hybrid_classifiers(cache.prototypes, cache.weights, cache.counts, ks, temperature)
 
@@ -106,7 +111,7 @@ ROWS: dict[str, Callable[[FeatureCache], list[Tensor]]] = {
     "prototypes+cosine": _prototypes_and_weights,
     "wh20": partial(_hybrid, ks=(20,)),
     "wh100": partial(_hybrid, ks=(100,)),
-    "ensemble": partial(_hybrid, ks=ENSEMBLE),
+    "ensemble": lambda cache: _hybrid(cache, ensemble_ks(cache)),
     "whc20": partial(_continual, ks=(20,)),
     "whc100": partial(_continual, ks=(100,)),
     "ensemble_p_whc": lambda cache: [cache.prototypes, *_continual(cache, (20, 100))],  # Table 2
@@ -133,7 +138,7 @@ def _paper(cache: FeatureCache, name: str) -> Logits:
 
 
 def _ensemble(cache: FeatureCache, temperature: float) -> Logits:
-    return _log_ensemble(cache, _hybrid(cache, ENSEMBLE, temperature))
+    return _log_ensemble(cache, _hybrid(cache, ensemble_ks(cache), temperature))
 
 
 def _adjusted_ensemble(cache: FeatureCache, strength: float) -> Logits:

@@ -82,6 +82,41 @@ def parser() -> argparse.ArgumentParser:
     _data_root(one)
     _workers(one)
 
+    one = _command(commands, "study", study, "your own images or features: a report for them")
+    one.add_argument(
+        "images",
+        nargs="?",
+        metavar="DIR",
+        help="folder with train/<class>/*, val/ and test/, or a data set's name (digits)",
+    )
+    one.add_argument("--features", type=Path, metavar="FILE.npz", help="arrays in place of images")
+    one.add_argument("--network", metavar="NAME", help="timm:NAME, or one of this package")
+    one.add_argument(
+        "--weights", metavar="FILE|none", help="its weights (default: the public ones of the network)"
+    )
+    one.add_argument("--size", type=int, metavar="N", help="pixels (default: what the network was made for)")
+    one.add_argument("--fine-tune", type=int, default=0, metavar="N", help="train the network, too, N epochs")
+    for split in ("train", "val", "test"):
+        text = f"list of {split} images, `path label` lines with paths below DIR"
+        one.add_argument(f"--{split}", type=Path, metavar="LIST", help=text)
+    one.add_argument("--out", type=Path, metavar="DIR", help="where all goes (default: studies/NAME)")
+    _data_root(one)
+    _workers(one)
+
+    one = _command(commands, "compare", compare, "your own predictions beside the rows of Table 1")
+    one.add_argument(
+        "--predictions",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".npz with `predictions` or `scores` of the test images, one file for each training seed",
+    )
+    one.add_argument("--backbone", required=True, metavar="NAME", help="whose test images they are of")
+    one.add_argument("--profile", type=_profile, default="embedded", metavar="NAME", help="default: embedded")
+    one.add_argument("--name", default="mine", help="what the row is called (default: mine)")
+    one.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table, too")
+
     one = _command(commands, "check-data", check_data, "check that a profile's images or caches are whole")
     one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="whose data sets")
     one.add_argument("--deep", action="store_true", help="decode every image, too")
@@ -207,6 +242,49 @@ def extract(arguments: argparse.Namespace) -> int:
         ) from None
     backbones.write_cache(job, arguments.out, history=saved.get("history"))
     log.info("%s; cache in %s", backbones.summary_line(arguments.out), arguments.out)
+    return EXIT_OK
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """Own images with a network, or own features: notebook 15 on them."""
+    from lt_core import study
+    from lt_core.checks import InputError
+
+    if (arguments.images is None) == (arguments.features is None):
+        raise InputError("study needs a folder of images or --features FILE.npz, and not both")
+    options = study.Options(
+        arguments.out,
+        arguments.weights,
+        arguments.size,
+        arguments.fine_tune,
+        arguments.data_root,
+        arguments.workers,
+    )
+    if min(arguments.size or 0, arguments.fine_tune) < 0:
+        raise InputError("--size and --fine-tune must be 0 or above")
+    lists = {name: getattr(arguments, name) for name in ("train", "val", "test") if getattr(arguments, name)}
+    if lists and ("train" not in lists or arguments.features):
+        raise InputError("lists of images need --train, and DIR for the images that they name")
+    if arguments.features is not None:
+        if arguments.network:
+            raise InputError("--features come from a network already: leave --network out")
+        return study.study_features(arguments.features, options)
+    if not arguments.network:
+        raise InputError("study needs --network NAME, such as efficientnet_lite0 or timm:resnet50.a1_in1k")
+    return study.study_images(arguments.images, arguments.network, options, lists)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """A row for own predictions, with its difference to each other row."""
+    from lt_core import compare, paths
+
+    asked = arguments.profile, arguments.backbone, arguments.name
+    table = compare.compare(compare.own_values(arguments.predictions, *asked), *asked)
+    for kind, text in (("accuracy", "Top-1 accuracy, %"), ("difference", f"{arguments.name} less the row")):
+        print(f"{text} [95 % interval]\n{table[kind].fillna('').to_string()}\n")
+    if arguments.out:
+        with paths.atomic(arguments.out) as temporary:
+            table.to_csv(temporary, lineterminator="\n")
     return EXIT_OK
 
 

@@ -164,22 +164,9 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             raise InputError("y has one class: a classifier needs two to learn from, or classifier_weights")
         if not isinstance(self.epochs, Integral) or self.epochs < 1:
             raise InputError(f"epochs must be a whole number above 0, found {self.epochs!r}")
-        # Cosines see directions alone; taken here, very small and very large features keep theirs.
-        features = normalize("X", as_tensor("X", X)).float()
         seed = int(check_random_state(self.random_state).randint(2**31))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            classifier = CosineClassifier(X.shape[1], len(counts))
-        loss = build_loss("cross_entropy", counts)
-        batch = min(BATCH, len(X))
-        targets = torch.from_numpy(labels)
-        fit_head(
-            *(classifier, features, targets, loss, self.sampler, LEARNING_RATE, int(self.epochs), batch),
-            seed=seed,
-        )
-        # Labels that the features say nothing about draw the scale to 0, and below it a class's own direction
-        # would count against it.
-        return classifier.weight.detach(), max(1.0, classifier.scale.item())
+        features, targets = as_tensor("X", X), torch.from_numpy(labels)
+        return learned_classifier(features, targets, counts, self.sampler, int(self.epochs), seed)
 
     def save(self, path: str | Path) -> None:
         """Store the fitted classifier in one safetensors file with a JSON description, replacing it whole.
@@ -248,6 +235,23 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         if description["feature_names"]:
             model.feature_names_in_ = np.array(description["feature_names"], dtype=object)
         return model
+
+
+def learned_classifier(
+    features: torch.Tensor, labels: torch.Tensor, counts: object, sampler: str, epochs: int, seed: int
+) -> tuple[torch.Tensor, float]:
+    """A cosine classifier trained on features [M, F] as on a frozen backbone: weights [N, F] and scale."""
+    # Cosines see directions alone; taken here, very small and very large features keep theirs.
+    features = normalize("X", features).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = CosineClassifier(features.shape[1], len(counts))
+    loss = build_loss("cross_entropy", counts)
+    batch = min(BATCH, len(features))
+    fit_head(classifier, features, labels, loss, sampler, LEARNING_RATE, epochs, batch, seed=seed)
+    # Labels that the features say nothing about draw the scale to 0, and below it a class's own direction
+    # would count against it.
+    return classifier.weight.detach(), max(1.0, classifier.scale.item())
 
 
 def _exceeded(ks: Sequence[float], largest: int) -> tuple[float, ...]:

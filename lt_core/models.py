@@ -163,14 +163,25 @@ class Model(nn.Module):
 
 
 class Normalised(nn.Module):
-    """(pixel - mean) / std per channel, then the network."""
+    """(pixel - mean) / std per channel, then the network.
+
+    input_size: side in pixels of the images that the network was made for. last_stage: name of the part that
+    halves the resolution last, which RSG needs; empty: not known.
+    """
 
     def __init__(
-        self, network: nn.Module, num_features: int, last_stage: str, mean: list[float], std: list[float]
+        self,
+        network: nn.Module,
+        num_features: int,
+        last_stage: str,
+        mean: list[float],
+        std: list[float],
+        input_size: int,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_features = num_features
+        self.input_size = input_size
         self._last_stage = last_stage
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -180,7 +191,9 @@ class Normalised(nn.Module):
 
     @property
     def last_stage(self) -> nn.Module:
-        """Where the resolution is halved for the last time."""
+        """Where the resolution is halved for the last time; raises InputError where that is not known."""
+        if not self._last_stage:
+            raise InputError("rsg needs to know a network's last stage: use one that is not timm's")
         return self.network.get_submodule(self._last_stage)
 
     @property
@@ -230,15 +243,16 @@ class SmallResNet(nn.Sequential):
 
 
 def _small_resnet() -> nn.Module:
-    return Normalised(SmallResNet(), 256, "6", [127.5] * 3, [64.0] * 3)
+    return Normalised(SmallResNet(), 256, "6", [127.5] * 3, [64.0] * 3, 64)
 
 
 def _small_resnet_32() -> nn.Module:
-    return Normalised(SmallResNet(stem_stride=1), 256, "6", [127.5] * 3, [64.0] * 3)
+    return Normalised(SmallResNet(stem_stride=1), 256, "6", [127.5] * 3, [64.0] * 3, 32)
 
 
 def _digits_net() -> nn.Module:
-    return Normalised(SmallResNet(widths=(16, 32, 64), stem_stride=1, channels=1), 64, "5", [78.0], [96.0])
+    network = SmallResNet(widths=(16, 32, 64), stem_stride=1, channels=1)
+    return Normalised(network, 64, "5", [78.0], [96.0], 8)
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -247,14 +261,36 @@ def _torchvision(name: str) -> nn.Module:
     network = torchvision.models.get_model(name, weights=None)
     num_features = network.fc.in_features
     network.fc = nn.Identity()
-    return Normalised(network, num_features, "layer4", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    return Normalised(network, num_features, "layer4", mean, std, 224)
 
 
 def _efficientnet_lite(name: str) -> nn.Module:
     import timm
 
     network = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
-    return Normalised(network, network.num_features, "blocks.5", [127.0] * 3, [128.0] * 3)
+    size = network.pretrained_cfg["input_size"][1]
+    return Normalised(network, network.num_features, "blocks.5", [127.0] * 3, [128.0] * 3, size)
+
+
+TIMM = "timm:"  # what a network of timm is called: `timm:vit_small_patch14_dinov2.lvd142m`
+
+
+def _timm(name: str) -> nn.Module:
+    """A network of timm with random weights: mean, deviation and size as timm's configuration states them."""
+    import timm
+
+    if name.partition(".")[0] not in timm.list_models():
+        known = timm.list_models(f"*{name.partition('.')[0]}*")[:8] or ["timm.list_models() lists them"]
+        raise InputError(unknown("network of timm", name, known))
+    try:  # a vision transformer takes images of other sizes only when it is asked to
+        network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # the others have no such option
+        network = timm.create_model(name, num_classes=0)
+    known = timm.data.resolve_model_data_config(network)
+    mean, std = ([255 * value for value in known[which]] for which in ("mean", "std"))
+    num_features = getattr(network, "head_hidden_size", network.num_features)
+    return Normalised(network, num_features, "", mean, std, known["input_size"][1])
 
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
@@ -270,9 +306,14 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 
 def build_backbone(name: str) -> nn.Module:
-    """The backbone of that name, randomly initialised, with `num_features`; raises InputError otherwise."""
+    """The backbone of that name, or `timm:NAME`, randomly initialised, with `num_features` and `input_size`.
+
+    Raises InputError for an unknown name.
+    """
+    if name.startswith(TIMM):
+        return _timm(name.removeprefix(TIMM))
     if name not in BACKBONES:
-        raise InputError(unknown("network", name, list(BACKBONES)))
+        raise InputError(unknown("network", name, [*BACKBONES, f"{TIMM}NAME"]))
     return BACKBONES[name]()
 
 

