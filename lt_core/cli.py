@@ -117,6 +117,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--name", default="mine", help="what the row is called (default: mine)")
     one.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table, too")
 
+    one = _command(commands, "export", export, "a trained network with its classifiers as a file")
+    one.add_argument(
+        "--profile", type=_profile, required=True, metavar="NAME", help="scale it was trained at"
+    )
+    one.add_argument("--backbone", required=True, metavar="NAME", help="which backbone it is")
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    one.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the last one of its run")
+    one.add_argument("--classifier", default="ensemble", metavar="NAME", help="default: ensemble")
+    one.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the model goes")
+    _data_root(one)
+
     one = _command(commands, "check-data", check_data, "check that a profile's images or caches are whole")
     one.add_argument("--profile", type=_profile, required=True, metavar="NAME", help="whose data sets")
     one.add_argument("--deep", action="store_true", help="decode every image, too")
@@ -285,6 +296,23 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.out:
         with paths.atomic(arguments.out) as temporary:
             table.to_csv(temporary, lineterminator="\n")
+    return EXIT_OK
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """model.safetensors and config.json."""
+    from lt_core.export import export_backbone
+
+    export_backbone(
+        arguments.profile,
+        arguments.backbone,
+        arguments.seed,
+        arguments.out,
+        arguments.classifier,
+        arguments.data_root,
+        arguments.checkpoint,
+    )
+    log.info("model in %s", arguments.out)
     return EXIT_OK
 
 

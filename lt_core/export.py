@@ -1,8 +1,8 @@
 """A trained network with its classifiers as two files, for use outside this repository or on a model hub.
 
-    save_model(folder, exported)                         # model.safetensors and config.json
-    model = load_model(folder)                           # pixels [B, C, S, S], 0..255 -> log probabilities
-    model(pixels).argmax(1), model.class_names
+    export_backbone("small", "sqrt", 0, folder)          # model.safetensors and config.json
+    model = load_model(folder)                           # pixels [B, C, S, S], 0..255 -> scores [B, N]
+    model.class_names[model(model.pixels("photo.jpg")).argmax()]
 
 model.safetensors: `backbone.*`, `classifier.weight` [N, F] and `classifier.scale` as trained, `prototypes`,
 `counts`, `hybrid.K` [N, F] for each k of the ensemble, and `rows` [E, N, F], `scales` [N], `offsets` [N] of
@@ -12,20 +12,25 @@ the classifier that is used (`Rows`). Nothing is unpickled.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from lt_core import classifiers, paths
+from lt_core import backbones, classifiers, paths
 from lt_core.baselines import WeightScaling
 from lt_core.cache import FeatureCache, file_digest
 from lt_core.checks import CacheError, InputError, first_line
+from lt_core.data.image_files import Crops, ImageFiles
+from lt_core.data.profiles import load_profile
 from lt_core.models import CosineClassifier, build_backbone
+from lt_core.train import load_checkpoint
 from lt_core.transfer import TEMPERATURE, hybrid_classifiers
 
 FORMAT_VERSION = 1
@@ -56,7 +61,8 @@ NOT_ROWS = ("disalign", "ncm")  # those that are not of this form
 def rows_of(cache: FeatureCache, name: str, setting: classifiers.Setting) -> Rows:
     """A classifier of the registry with one of its settings as `Rows`; InputError for one that is none."""
     name = classifiers.name_of(cache, name)
-    if name in NOT_ROWS or cache.bias is not None or cache.direction is not None:
+    from_rows = name in classifiers.ROWS or name.startswith("ensemble")
+    if name in NOT_ROWS or not (from_rows or classifiers.kind_of(cache) == "cosine"):
         raise InputError(f"{name} of {cache.meta['backbone']} cannot be stored as rows of cosines")
     scales, offsets = torch.full((len(cache.counts),), cache.scale), torch.zeros(len(cache.counts))
     if "logit_adjustment" in name:
@@ -94,6 +100,12 @@ class ExportedModel(nn.Module):
     @property
     def class_names(self) -> list[str]:
         return self.config["class_names"]
+
+    def pixels(self, file: str | Path) -> Tensor:
+        """Pixels [1, 3, S, S] of an image file, its central square, as in training; raises DataError."""
+        path = Path(file)
+        crops = Crops(ImageFiles(path.parent, np.array([path.name])), self.config["input_size"])
+        return crops[0][0][None]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(inputs.float() if self.backbone is None else self.backbone(inputs.float()))
@@ -153,6 +165,55 @@ def save_model(
     with paths.atomic(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return ExportedModel(backbone, head, config)
+
+
+def trained_job(
+    profile: str, backbone: str, seed: int, data_root: Path | None = None, checkpoint: Path | None = None
+) -> backbones.Job:
+    """A backbone as it was trained, with the weights of its run's last checkpoint or of the one named.
+
+    A frozen one has its classifier in its cache, and none in the job.
+    """
+    chosen = load_profile(profile)
+    job = backbones.prepare(chosen, backbone, seed, data_root)
+    if job.recipe.frozen and checkpoint is None:
+        return job
+    run = backbones.run_folder(chosen, job.name, job.backbone, seed, job.data)
+    path = checkpoint or run / "last.pt"
+    saved = load_checkpoint(path)
+    try:
+        job.model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError, TypeError):
+        raise CacheError(f"{path} is not a checkpoint of {chosen.name}/{backbone}") from None
+    return job
+
+
+def export_backbone(
+    profile: str,
+    backbone: str,
+    seed: int,
+    folder: Path,
+    classifier: str = "ensemble",
+    data_root: Path | None = None,
+    checkpoint: Path | None = None,
+) -> ExportedModel:
+    """Write a backbone of a profile with its classifiers; a setting is chosen on validation images.
+
+    Features are extracted again, for a cache may keep some dimensions only; of a frozen backbone the cache is
+    read.
+    """
+    job = trained_job(profile, backbone, seed, data_root, checkpoint)
+    if job.recipe.frozen and checkpoint is None:
+        cache = backbones.load(profile, backbone, seed, data_root)
+    else:
+        splits = {name: split for name, split in job.data.splits.items() if name != "test"}
+        job = replace(job, data=replace(job.data, splits=splits))
+        features = backbones.extract_splits(job.model.backbone.to(job.machine.device), job)
+        features = {name: values.float() for name, values in features.items()}
+        cache = replace(backbones.as_cache(job, features), meta=backbones.provenance(job))
+    setting = classifiers.fit(cache, classifier).setting
+    size = job.recipe.input_size or job.model.backbone.input_size
+    return save_model(folder, cache, job.model.backbone, job.backbone.network, size, classifier, setting)
 
 
 def load_model(folder: str | Path) -> ExportedModel:

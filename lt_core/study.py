@@ -43,9 +43,9 @@ from lt_core.data.datasets import (
 from lt_core.data.image_files import Crops, ImageFiles
 from lt_core.data.profiles import OwnImages, load_profile
 from lt_core.data.weights import TORCHVISION
-from lt_core.export import NOT_ROWS, save_model
+from lt_core.export import NOT_ROWS, save_model, trained_job
 from lt_core.models import TIMM, build_backbone
-from lt_core.train import feature_batches, load_checkpoint
+from lt_core.train import feature_batches
 
 NOTEBOOK, BACKBONE = "15_your_images", "study"
 EPOCHS, BATCH, LEAST_STEPS = 20, 128, 20  # of the classifier's training; smaller batches on small data sets
@@ -449,24 +449,3 @@ def _report(profile: Path, options: Options, job: backbones.Job | None) -> int:
     print(f"validation chooses   {label}, {out / 'model'}")
     print(f"report               {asked.reports / f'{NOTEBOOK}.html'}")
     return status
-
-
-def trained_job(
-    profile: str,
-    backbone: str,
-    seed: int,
-    data_root: Path | None = None,
-    checkpoint: Path | None = None,
-) -> backbones.Job:
-    """A backbone as it was trained: with the weights of its run's last checkpoint, or of another one."""
-    chosen_profile = load_profile(profile)
-    job = backbones.prepare(chosen_profile, backbone, seed, data_root)
-    if not job.recipe.frozen or checkpoint is not None:
-        run = backbones.run_folder(chosen_profile, job.name, job.backbone, seed, job.data)
-        path = checkpoint or run / "last.pt"
-        saved = load_checkpoint(path)
-        try:
-            job.model.load_state_dict(saved["model"])
-        except (KeyError, RuntimeError, TypeError):
-            raise InputError(f"{path} is not a checkpoint of {chosen_profile.name}/{backbone}") from None
-    return job
