@@ -55,7 +55,7 @@ class Rows(nn.Module):
         return logits.log_softmax(dim=2).logsumexp(dim=0) - torch.tensor(len(self.rows)).log() + self.offsets
 
 
-NOT_ROWS = ("disalign", "ncm")  # those that are not of this form
+NOT_ROWS = ("disalign", "ncm", "image_density", "image_evidence")  # those that are not of this form
 
 
 def rows_of(cache: FeatureCache, name: str, setting: classifiers.Setting) -> Rows:
@@ -105,7 +105,7 @@ class ExportedModel(nn.Module):
         """Pixels [1, 3, S, S] of an image file, its central square, as in training; raises DataError."""
         path = Path(file)
         crops = Crops(ImageFiles(path.parent, np.array([path.name])), self.config["input_size"])
-        return crops[0][0][None]
+        return crops[0, None][0][None]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(inputs.float() if self.backbone is None else self.backbone(inputs.float()))

@@ -263,7 +263,7 @@ def _check_header(path: Path) -> None:
 def thumbnail(split: Split, row: int, side: int = 96) -> Image.Image:
     """One image of a split as a small picture of `side` pixels."""
     if isinstance(split.images, ImageFiles):
-        pixels = Crops(split.images, side)[row][0].permute(1, 2, 0).numpy()
+        pixels = Crops(split.images, side)[row, None][0].permute(1, 2, 0).numpy()
     else:
         pixels = split.images[row].numpy()
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
@@ -394,7 +394,7 @@ def _probe(network: torch.nn.Module, job: backbones.Job) -> None:
     """Raises InputError where the network does not take these images, before an hour is spent on them."""
     split, size = job.data.splits["train"], job.recipe.input_size
     if isinstance(split.images, ImageFiles):
-        pixels = Crops(split.images[:1], size)[0][0][None].float()
+        pixels = Crops(split.images[:1], size)[0, None][0][None].float()
     else:
         pixels = resize(to_pixels(split.images[:1]), size)
     try:
