@@ -395,7 +395,8 @@ STYLE = """<style>
 .lt-table th, .lt-table td { padding: .25em .6em; text-align: right; vertical-align: top; }
 .lt-table th[scope=row], .lt-table th.block { text-align: left; font-weight: normal; }
 .lt-table th.block { font-weight: bold; padding-top: .8em; }
-.lt-table .effect { font-size: .9em; opacity: .85; white-space: nowrap; } .lt-table small { opacity: .7; }
+.lt-table :is(.effect, small) { color: color-mix(in srgb, currentColor 75%, transparent); }
+.lt-table .effect { font-size: .9em; white-space: nowrap; }
 .lt-table .same { color: #0072B2; } .lt-table .other { color: #D55E00; }
 </style>"""
 
@@ -574,7 +575,9 @@ def _references(table: pd.DataFrame) -> str:
 def _label(table: pd.DataFrame, subject: str) -> str:
     """A subject by the name of its row, without the block; itself where the table has no such row."""
     rows = table["row"][table["subject"] == subject]
-    return plain_name(rows.iloc[0]).rpartition(" / ")[2] if len(rows) else subject
+    if rows.empty:
+        return subject
+    return plain_name(rows.iloc[0]).rpartition(" / ")[2].removeprefix("Parisot et al., re-run here: ")
 
 
 def save_answer(out: Path, notebook: str, text: str) -> Markdown:
