@@ -313,7 +313,7 @@ def write_index(
         style=style(),
         profile=profile,
         date=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        verdict=next((line["answer"] for line in lines if line["name"] == "99_claims"), ""),
+        verdict=inline(figures.get("99_claims", default) / "answers" / "99_claims.md"),
         lines=lines,
         references=references(),
         facts=facts(last),
@@ -397,7 +397,7 @@ def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:
         "record": record,
         "name": record.notebook,
         "page": f"{record.notebook}.html" if (reports / f"{record.notebook}.html").is_file() else "",
-        "answer": inline(out / "answers" / f"{record.notebook}.md"),
+        "answer": inline(out / "answers" / f"{record.notebook}.md", sentences=1),
         "figures": [
             {
                 "name": name_of(stem, "Figure S"),
@@ -412,11 +412,15 @@ def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:
     }
 
 
-def inline(file: Path) -> str:
-    """A Markdown paragraph as safe HTML: strong, emphasis, code and formulas are all the markup there is."""
+def inline(file: Path, sentences: int | None = None) -> str:
+    """A Markdown paragraph as safe HTML: strong, emphasis, code and formulas are all the markup.
+
+    sentences: only so many, from the first on.
+    """
     if not file.is_file():
         return ""
-    text = html.escape(file.read_text(encoding="utf-8").strip(), quote=False)
+    text = ". ".join(file.read_text(encoding="utf-8").strip().split(". ")[:sentences])
+    text = html.escape(text if text.endswith(".") else f"{text}.", quote=False)
     text = re.sub(r"\$([^$]+)\$", lambda found: mathml(html.unescape(found[1]), display=False), text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)

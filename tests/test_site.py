@@ -251,7 +251,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("F2.svg", "F2.csv", "T1.md", "T1.csv"):
         (figures / name).write_text("x")
     (figures / "answers" / "01_main.md").write_text(
-        "`sqrt` gains **3.1** points, $k < 20$ & <b>more</b>, *all of them*.\n"
+        "`sqrt` gains **3.1** points, $k < 20$ & <b>more</b>, *all of them*. More of it on the page.\n"
     )
     (figures / "answers" / "99_claims.md").write_text("Of 68 claims 27 hold.\n")
     (reports / "01_main.html").write_text("x")
@@ -276,7 +276,7 @@ def test_the_index_opens_with_the_verdict_and_shows_what_was_made(index: str) ->
     assert 'id="ref-16"' in index
     assert '<a href="01_main.html">Main &lt;results&gt;</a>' in index
     answer = "<code>sqrt</code> gains <strong>3.1</strong> points"
-    assert "<em>all of them</em>" in index
+    assert "<em>all of them</em>.\n" in index and "More of it" not in index  # a line of result each
     assert answer in index and "&amp; &lt;b&gt;more&lt;/b&gt;" in index
     assert "Table 1" in index and "Figure 2" in index and "gone" not in index
     assert "small &amp; quick" in index
