@@ -116,22 +116,21 @@ def packaged_weights(name: str) -> Path:
 # ---------------------------------------------------------------- timm's, and files of one's own
 
 
-def load_timm_weights(backbone: nn.Module, name: str, file: Path | None = None) -> None:
-    """Fill a `timm:NAME` backbone with the weights of that name's tag, which timm downloads, or of a file.
+def load_timm_weights(backbone: nn.Module, name: str) -> None:
+    """Fill a `timm:NAME` backbone with the weights of that name's tag, which timm downloads and translates.
 
-    timm itself translates what the network's authors published (DINOv2, CLIP and others) and leaves the
-    classifier out. Raises DataError when weights are missing or do not fit.
+    Raises DataError when they cannot be had.
     """
     import timm
 
-    where = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     try:
-        found = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0, **where)
-        backbone.network.load_state_dict(found.state_dict())
+        found = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0)
     except Exception as error:  # timm, the hub and torch raise many kinds
-        source = file or f"timm's weights of {name}"
-        advice = "" if file else "; fetch the file and name it in place of the download"
-        raise DataError(f"{source} cannot be loaded into {name} ({first_line(error)}){advice}") from None
+        raise DataError(
+            f"timm's weights of {name} cannot be loaded ({first_line(error)}): fetch their file and name it "
+            "in place of the download"
+        ) from None
+    backbone.network.load_state_dict(found.state_dict())
 
 
 def load_weights_file(
@@ -139,7 +138,8 @@ def load_weights_file(
 ) -> None:
     """Fill a backbone with the weights of a .safetensors, .pth, .pt or .bin file, whatever prefix names have.
 
-    A relative path lies in `weights/` of the data root. Raises DataError when they are missing or do not fit.
+    What the authors of a network of timm published is translated as timm does it. A relative path lies in
+    `weights/` of the data root. Raises DataError when they are missing or do not fit.
     """
     path = Path(file).expanduser()
     if not path.is_absolute():
@@ -147,12 +147,23 @@ def load_weights_file(
     if not path.is_file():
         raise DataError(f"there is no file of weights {path}")
     state, first = read_state(path), next(iter(backbone.network.state_dict()))
-    if name.startswith(TIMM) and first not in state:
-        load_timm_weights(backbone, name, path)
-        return
     prefix = next((key.removesuffix(first) for key in state if key.endswith(f".{first}")), "")
+    if name.startswith(TIMM) and prefix + first not in state:
+        state = _translated(state, backbone.network, name.removeprefix(TIMM))
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     fill(backbone.network, state, name, path)
+
+
+def _translated(state: dict[str, Tensor], network: nn.Module, name: str) -> dict[str, Tensor]:
+    """A state under timm's names, by the function that the network's module has for it; else as it is."""
+    import timm
+
+    module = import_module(timm.model_entrypoint(name.partition(".")[0]).__module__)
+    translate = getattr(module, "checkpoint_filter_fn", None)
+    try:
+        return translate(state, network) if translate else state
+    except (KeyError, ValueError, RuntimeError, AttributeError):  # of another network: `fill` says so
+        return state
 
 
 # ---------------------------------------------------------------- SimCLR
