@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lt_core.cache import kind_of
 from lt_core.checks import DataError, InputError, check_labels, check_matrix, first_line
 from lt_core.data.profiles import load_profile
 from lt_core.metrics import COLUMNS
@@ -25,7 +26,6 @@ from lt_core.tables import plain_name, printed_rows
 TABLES = {"imagenet_lt": "T1", "places_lt": "T3"}
 # Rows beside those of the table, where it has them on other backbones only.
 ON_THIS_BACKBONE = {
-    "what it was trained with": "own",
     "ensemble": "ensemble",
     "logit adjustment, t chosen": "logit_adjustment",
 }
@@ -78,7 +78,8 @@ def compare(values: pd.DataFrame, profile: str, backbone: str, subject: str) -> 
     """
     rows = printed_rows(TABLES[load_profile(profile).backbone(backbone).role])
     names = {row.subject: plain_name(row.row) for row in rows if row.subject}
-    for label, name in ON_THIS_BACKBONE.items():
+    own = {"what it was trained with": kind_of(caches_of(profile, backbone)[0])}
+    for label, name in (own | ON_THIS_BACKBONE).items():
         names.setdefault(f"{backbone}/{name}", f"{backbone} / {label}")
     everything = pd.concat([measure(profile, names), values])
     lines = {}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +24,11 @@ from safetensors.numpy import save
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from lt_core import paths
 from lt_core.checks import CacheError, InputError, as_tensor, check_counts, check_matrix, check_positive
-from lt_core.losses import build_loss
+from lt_core.losses import Loss, build_loss
 from lt_core.models import CosineClassifier
 from lt_core.train import fit_head
 from lt_core.transfer import (
@@ -46,6 +47,10 @@ EXPECTED_FAILED_CHECKS = {
     "check_estimators_dtypes": (
         "its integer features have a row of zeros, which has no direction and so no cosine: refused by name"
     ),
+    "check_fit_score_takes_y": "partial_fit on a fitted classifier adds classes, and refuses those it knows",
+    "check_sample_weight_equivalence_on_dense_data": (
+        "a sample given twice counts twice among a class's training samples, one of weight 2 once"
+    ),
 }
 
 FORMAT_VERSION = 1
@@ -53,6 +58,23 @@ TENSORS = ("prototypes", "weights", "counts", "classifiers")  # what a stored cl
 FLOATS = (np.float64, np.float32)  # other numbers become the first
 BATCH, LEARNING_RATE = 128, 0.1  # of a training step, as where only the classifier of a backbone is trained
 IMAGES = 2**12  # samples predicted at once
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Within it nothing of PyTorch's process-wide settings matters: gradients, numbers, device, autocast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.device("cpu"))
+            for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
@@ -86,24 +108,42 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.epochs = epochs
         self.random_state = random_state
 
-    def fit(self, X: object, y: object, classifier_weights: object | None = None) -> Self:
+    @own_settings()
+    def fit(
+        self,
+        X: object,
+        y: object,
+        classifier_weights: object | None = None,
+        sample_weight: object | None = None,
+    ) -> Self:
         """Build the ensemble from features X [M, F] and labels y [M] (numbers or strings).
 
         classifier_weights [N, F]: rows of a trained cosine classifier, in the sorted order of the labels.
+        sample_weight [M]: how much each sample counts in its class's prototype and in the loss of a learned
+        classifier; those of weight 0 are left out. A learned classifier is trained where X lies.
         Raises InputError for values that do not fit, and where there is one class and no weight to give it.
         """
-        X, y = validate_data(self, X, y, dtype=FLOATS)
+        device = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
+        X, y = validate_data(self, _plain_array(X), _plain_array(y), dtype=FLOATS)
         check_classification_targets(y)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                _plain_array(sample_weight), X, ensure_non_negative=True, dtype=X.dtype
+            )
+            counting = sample_weight > 0
+            X, y, sample_weight = X[counting], y[counting], sample_weight[counting]
         check_positive("temperature", self.temperature)
         given_scale = None if self.scale is None else check_positive("scale", self.scale)
         classes, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
         ks = _exceeded(self.ensemble_k, counts.max())
         if classifier_weights is None:
-            weights, scale = self._learned(X, labels, counts)
+            weights, scale = self._learned(X, labels, counts, sample_weight, device)
         else:
             weights = check_matrix("classifier_weights", classifier_weights, len(classes), X.shape[1])
             scale = SCALE
         means = prototypes(X, labels, len(classes))
+        if sample_weight is not None:
+            means = weighted_prototypes(X, labels, len(classes), sample_weight)
         built = hybrid_classifiers(means, weights, counts, ks, self.temperature)
         self.ensemble_k_, self.scale_ = ks, given_scale or scale
         self.classes_, self.counts_ = classes, counts
@@ -111,6 +151,11 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.classifiers_ = torch.stack(built).numpy()
         return self
 
+    def partial_fit(self, X: object, y: object, classes: object | None = None) -> Self:
+        """`fit` the first time, `add_classes` afterwards: labels must then be new. classes is not needed."""
+        return self.add_classes(X, y) if hasattr(self, "classes_") else self.fit(X, y)
+
+    @own_settings()
     def add_classes(self, X_new: object, y_new: object) -> Self:
         """Rows for new classes from a few features [M, F] with labels [M], without retraining (Eq. 9).
 
@@ -118,7 +163,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         InputError for a label that is known already or of another kind.
         """
         check_is_fitted(self)
-        X, y = validate_data(self, X_new, y_new, reset=False, dtype=FLOATS)
+        X, y = validate_data(self, _plain_array(X_new), _plain_array(y_new), reset=False, dtype=FLOATS)
         check_classification_targets(y)
         new, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
         if _is_text(new) != _is_text(self.classes_):
@@ -126,6 +171,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             raise InputError(
                 "y_new has labels such as {!r}, the known ones are such as {!r}".format(*examples)
             )
+        if not _is_text(new):
+            new = _as_kind(new, self.classes_.dtype)
         if known := np.intersect1d(new, self.classes_).tolist():
             raise InputError(f"y_new: the class {known[0]!r} is known already, only new classes can be added")
         means = prototypes(X, labels, len(new))
@@ -142,10 +189,12 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.classifiers_ = np.concatenate([self.classifiers_, torch.stack(built).numpy()], axis=1)[:, order]
         return self
 
+    @own_settings()
     def predict_proba(self, X: object) -> np.ndarray:
         """Probabilities [M, N] of the classes, in the order of `classes_`, of features X [M, F] (Eq. 8)."""
         return self._probabilities(self._checked(X)).numpy()
 
+    @own_settings()
     def predict(self, X: object) -> np.ndarray:
         """Labels [M] of features X [M, F]: the most probable classes."""
         parts = as_tensor("X", self._checked(X)).split(IMAGES)
@@ -153,20 +202,28 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
 
     def _checked(self, X: object) -> np.ndarray:
         check_is_fitted(self)
-        return validate_data(self, X, reset=False, dtype=FLOATS)
+        return validate_data(self, _plain_array(X), reset=False, dtype=FLOATS)
 
     def _probabilities(self, features: object) -> torch.Tensor:
         return ensemble_probabilities(features, list(self.classifiers_), self.scale_)
 
-    def _learned(self, X: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[torch.Tensor, float]:
+    def _learned(
+        self,
+        X: np.ndarray,
+        labels: np.ndarray,
+        counts: np.ndarray,
+        sample_weight: np.ndarray | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, float]:
         """A cosine classifier trained on the features as on a frozen backbone: weights [N, F] and scale."""
         if len(counts) < 2:
             raise InputError("y has one class: a classifier needs two to learn from, or classifier_weights")
         if not isinstance(self.epochs, Integral) or self.epochs < 1:
             raise InputError(f"epochs must be a whole number above 0, found {self.epochs!r}")
         seed = int(check_random_state(self.random_state).randint(2**31))
-        features, targets = as_tensor("X", X), torch.from_numpy(labels)
-        return learned_classifier(features, targets, counts, self.sampler, int(self.epochs), seed)
+        features, targets = as_tensor("X", X).to(device), torch.from_numpy(labels).to(device)
+        how = counts, self.sampler, int(self.epochs), seed, sample_weight
+        return learned_classifier(features, targets, *how)
 
     def save(self, path: str | Path) -> None:
         """Store the fitted classifier in one safetensors file with a JSON description, replacing it whole.
@@ -237,21 +294,88 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         return model
 
 
+@own_settings()
 def learned_classifier(
-    features: torch.Tensor, labels: torch.Tensor, counts: object, sampler: str, epochs: int, seed: int
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    counts: object,
+    sampler: str,
+    epochs: int,
+    seed: int,
+    sample_weight: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """A cosine classifier trained on features [M, F] as on a frozen backbone: weights [N, F] and scale."""
+    """A cosine classifier trained on features [M, F] as on a frozen backbone: weights [N, F] and scale.
+
+    It is trained on the device of the features; sample_weight [M]: of each sample's loss, whose mean counts
+    as 1.
+    """
     # Cosines see directions alone; taken here, very small and very large features keep theirs.
     features = normalize("X", features).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = CosineClassifier(features.shape[1], len(counts))
-    loss = build_loss("cross_entropy", counts)
+        classifier = CosineClassifier(features.shape[1], len(counts)).to(features.device)
+    loss, head = build_loss("cross_entropy", counts).to(features.device), classifier
+    if sample_weight is not None:
+        relative = as_tensor("sample_weight", sample_weight / sample_weight.mean()).to(features)
+        features = torch.cat([features, relative[:, None]], dim=1)
+        head = _WeightedHead(classifier)
+        loss = _WeightedLoss(counts, head)
     batch = min(BATCH, len(features))
-    fit_head(classifier, features, labels, loss, sampler, LEARNING_RATE, epochs, batch, seed=seed)
+    fit_head(head, features, labels.clone(), loss, sampler, LEARNING_RATE, epochs, batch, seed=seed)
     # Labels that the features say nothing about draw the scale to 0, and below it a class's own direction
     # would count against it.
-    return classifier.weight.detach(), max(1.0, classifier.scale.item())
+    return classifier.weight.detach().cpu(), max(1.0, classifier.scale.item())
+
+
+class _WeightedHead(torch.nn.Module):
+    """A classifier of features [M, F + 1] whose last column is the weight of the sample, for the loss."""
+
+    def __init__(self, classifier: torch.nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.weights = features[:, -1]
+        return self.classifier(features[:, :-1])
+
+
+class _WeightedLoss(Loss):
+    """Cross-entropy, each sample times its weight."""
+
+    def __init__(self, counts: object, head: _WeightedHead) -> None:
+        super().__init__(counts)
+        self.weights_of = lambda: head.weights
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return (self.weights_of() * losses).mean()
+
+
+def weighted_prototypes(
+    X: np.ndarray, labels: np.ndarray, num_classes: int, sample_weight: np.ndarray
+) -> torch.Tensor:
+    """Eq. 3 with a weighted mean [N, F]; every class has a sample of positive weight."""
+    unit, of = normalize("X", as_tensor("X", X)), torch.from_numpy(labels)
+    weight = as_tensor("sample_weight", sample_weight).to(unit)
+    sums = unit.new_zeros(num_classes, unit.shape[1]).index_add_(0, of, weight[:, None] * unit)
+    return sums / torch.bincount(of, weight, num_classes)[:, None]
+
+
+def _plain_array(value: object) -> object:
+    """A tensor of any float type, with gradient or on any device, as NumPy's; other things as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    narrow = value.is_floating_point() and value.dtype not in (torch.float32, torch.float64)
+    return (value.float() if narrow else value).numpy(force=True)
+
+
+def _as_kind(new: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """New labels as the known ones are kept; raises InputError where that would change one."""
+    with np.errstate(invalid="ignore"):
+        same = new.astype(kind)
+    if (changed := same != new).any():
+        raise InputError(f"y_new: {new[changed][0].item()!r} is no label of the known kind, {kind}")
+    return same
 
 
 def _exceeded(ks: Sequence[float], largest: int) -> tuple[float, ...]:

@@ -9,7 +9,8 @@ never compared group by group. Accuracies are top-1 in percent; a group without 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from torch.nn.functional import normalize
@@ -46,19 +47,41 @@ def group_names(counts: object, rule: str = "paper") -> np.ndarray:
 
 
 def group_accuracy(
-    predictions: object, labels: object, counts: object, rule: str = "paper"
+    predictions: object, labels: object, counts: object, rule: str = "paper", mean_over: str = "images"
 ) -> dict[str, float]:
-    """Accuracy in percent of each group and in total (the mean over test images); NaN for an empty group.
+    """Accuracy in percent of each group and in total; NaN for an empty group.
 
-    predictions [M], labels [M]: class indices; counts [N]: training images of each class; rule: of `RULES`.
+    predictions [M], labels [M]: class indices; counts [N]: training images of each class, of which 0 is
+    few-shot; rule: of `RULES`. With labels of another kind, counts is a mapping: {"ant": 120, "bee": 5}.
+    mean_over: `images`, or `classes`, as the field's groups are on test sets where classes differ in size (on
+    balanced ones they are the same).
     """
-    counts = check_counts("counts", counts).cpu().numpy()
+    if isinstance(counts, Mapping):
+        number = {label: index for index, label in enumerate(counts)}
+        predictions, labels = (_numbers(values, number) for values in (predictions, labels))
+        counts = list(counts.values())
+    counts = as_tensor("counts", counts)
+    counts = check_counts("counts", counts.where(counts != 0, 1)).cpu().numpy()
     labels = check_labels("labels", labels, len(counts)).cpu().numpy()
     predictions = check_labels("predictions", predictions, len(counts), len(labels)).cpu().numpy()
-    correct = predictions == labels
-    members = {group: mask[labels] for group, mask in group_of(counts, rule).items()}
-    members["total"] = np.ones(len(labels), bool)
-    return {group: 100 * float(correct[of].mean()) if of.any() else np.nan for group, of in members.items()}
+    members = group_of(counts, rule) | {"total": np.ones(len(counts), bool)}
+    if mean_over == "classes":
+        values = per_class_accuracy(predictions, labels, len(counts))
+        members = {group: mask & ~np.isnan(values) for group, mask in members.items()}
+    elif mean_over == "images":
+        values = 100.0 * (predictions == labels)
+        members = {group: mask[labels] for group, mask in members.items()}
+    else:
+        raise InputError(unknown("mean", mean_over, ["images", "classes"]))
+    return {group: float(values[of].mean()) if of.any() else np.nan for group, of in members.items()}
+
+
+def _numbers(values: object, number: Mapping[Any, int]) -> list[int]:
+    """The class index of each label [M]; raises InputError for one that `counts` lacks."""
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    if strange := next((value for value in found if value not in number), None):
+        raise InputError(f"counts has no class {strange!r}")
+    return [number[value] for value in found]
 
 
 def per_class_accuracy(predictions: object, labels: object, num_classes: int) -> np.ndarray:

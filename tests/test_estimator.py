@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from lt_core import EXPECTED_FAILED_CHECKS, CompositionalTransferClassifier
 from lt_core.checks import CacheError, InputError
-from lt_core.estimator import TENSORS, _sha256
+from lt_core.estimator import TENSORS, _sha256, own_settings
 from lt_core.transfer import continual_classifiers, ensemble_probabilities, hybrid_classifiers, prototypes
 
 COUNTS = np.array([120, 60, 25, 8, 4])
@@ -190,6 +190,93 @@ def test_known_labels_and_labels_of_another_kind_are_refused():
     np.testing.assert_array_equal(model.predict_proba(TEST), before)
     with pytest.raises(NotFittedError):
         quick().add_classes(X, Y)
+
+
+def test_new_labels_take_the_kind_of_the_known_ones():
+    for known, new, expected in ((np.int64, 9.0, 9), (np.float64, 9, 9.0), (np.uint8, 9, 9)):
+        model = quick().fit(X, Y.astype(known)).add_classes(-X[:3], [new] * 3)
+        assert model.classes_.dtype == known and model.classes_[-1] == expected
+    for known, new in ((Y > 2, 2), (Y.astype(np.uint8), 300)):
+        with pytest.raises(InputError, match=f"y_new: {new} is no label of the known kind"):
+            quick().fit(X, known).add_classes(-X[:3], [new] * 3)
+
+
+def test_partial_fit_is_fit_and_then_add_classes():
+    rows, _ = split_off(4)
+    known = ~rows
+    found = quick().partial_fit(X[known], NAMES[Y[known]]).partial_fit(X[rows], NAMES[Y[rows]])
+    expected = quick().fit(X[known], NAMES[Y[known]]).add_classes(X[rows], NAMES[Y[rows]])
+    np.testing.assert_array_equal(found.predict_proba(TEST), expected.predict_proba(TEST))
+    with pytest.raises(InputError, match="is known already"):
+        found.partial_fit(X, NAMES[Y])
+
+
+# ---------------------------------------------------------------- weights of samples
+
+
+def test_weights_of_samples_count_in_prototypes_and_in_training():
+    weight = np.where(np.arange(len(Y)) % 2, 3.0, 1.0)
+    given = quick().fit(X, Y, WEIGHTS, sample_weight=weight)
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    for label in range(5):
+        of = label == Y
+        np.testing.assert_allclose(given.prototypes_[label], np.average(unit[of], axis=0, weights=weight[of]))
+    plain = quick().fit(X, Y)
+    np.testing.assert_allclose(
+        quick().fit(X, Y, sample_weight=5 * np.ones(len(Y))).weights_, plain.weights_, atol=1e-5
+    )
+    assert not np.allclose(quick().fit(X, Y, sample_weight=weight).weights_, plain.weights_, atol=1e-3)
+
+
+def test_a_sample_of_weight_0_is_left_out():
+    weight = np.r_[np.zeros(20), np.ones(len(Y) - 20)]
+    found, expected = quick().fit(X, Y, sample_weight=weight), quick().fit(X[20:], Y[20:])
+    assert found.counts_.tolist() == expected.counts_.tolist()
+    np.testing.assert_allclose(found.predict_proba(TEST), expected.predict_proba(TEST), atol=1e-5)
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        quick().fit(X, Y, sample_weight=np.zeros(len(Y)))
+
+
+# ---------------------------------------------------------------- PyTorch's settings, and tensors
+
+
+@pytest.fixture(params=["no_grad", "inference_mode", "float64", "meta", "autocast"])
+def setting(request):
+    """A process-wide setting of PyTorch that somebody else has made."""
+    if request.param == "float64":
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+        return
+    contexts = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "meta": lambda: torch.device("meta"),
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    with contexts[request.param]():
+        yield
+
+
+EXPECTED = {}
+
+
+def test_results_depend_on_no_setting_of_pytorch(setting):
+    if not EXPECTED:
+        with own_settings():
+            EXPECTED["all"] = quick().fit(X, Y).predict_proba(TEST)
+    model = quick().fit(X, Y)
+    np.testing.assert_array_equal(model.predict_proba(TEST), EXPECTED["all"])
+    assert model.predict(TEST).shape == (len(TEST),)
+    quick().fit(torch.tensor(X, device="cpu"), Y).add_classes(torch.tensor(-X[:3], device="cpu"), [9] * 3)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_of_any_float_type_with_gradients(kind):
+    features = torch.tensor(X, dtype=kind, requires_grad=True)
+    found = quick().fit(features, torch.tensor(Y)).predict_proba(torch.tensor(TEST, dtype=kind))
+    np.testing.assert_allclose(found, quick().fit(X, Y).predict_proba(TEST), atol=0.1)
+    assert features.requires_grad and features.grad is None
 
 
 # ---------------------------------------------------------------- kinds of arrays

@@ -201,7 +201,8 @@ BAD = {
     "labels outside": (lambda: group_accuracy([0, 1], [0, 5], [5, 5]), "labels"),
     "lengths": (lambda: group_accuracy([0], [0, 1], [5, 5]), "predictions"),
     "fractions": (lambda: group_accuracy([0.5, 1], [0, 1], [5, 5]), "predictions"),
-    "count 0": (lambda: group_accuracy([0, 1], [0, 1], [5, 0]), "counts: class 1"),
+    "count 0": (lambda: group_of([5, 0]), "counts: class 1"),
+    "negative count": (lambda: group_accuracy([0, 1], [0, 1], [5, -1]), "counts: class 1"),
     "rule": (lambda: group_of([1], "other"), r"unknown grouping rule 'other'.*common, paper"),
     "NaN scores": (lambda: within_group_predictions([[NAN, 1.0]], [0], [5, 5]), "scores"),
     "shape of scores": (lambda: within_group_predictions([[1.0]], [0], [5, 5]), "scores"),
@@ -218,3 +219,26 @@ def test_bad_input_is_refused_by_name(case):
     call, message = BAD[case]
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_groups_of_labels_of_any_kind():
+    counts = {"whale": 500, "ant": 100, "bee": 3, "yeti": 0}
+    labels = np.array(["whale"] * 4 + ["ant"] * 2 + ["bee", "yeti"])
+    predictions = np.array(["whale"] * 6 + ["bee", "ant"])
+    found = group_accuracy(predictions, labels, counts)
+    numbers = {name: index for index, name in enumerate(counts)}
+    as_numbers = ([numbers[name] for name in names] for names in (predictions, labels))
+    assert found == group_accuracy(*as_numbers, [500, 100, 3, 0])
+    assert found["few"] == 50  # a class that training never saw is few-shot
+    with pytest.raises(InputError, match="counts has no class 'owl'"):
+        group_accuracy(["owl"], ["bee"], counts)
+
+
+def test_the_mean_over_classes_is_the_fields_where_test_sets_are_not_balanced():
+    labels = np.repeat(np.arange(2), (500, 100))
+    wrong = np.zeros(600, int)  # always the larger class
+    assert group_accuracy(wrong, labels, [500, 100])["many"] == pytest.approx(100 * 5 / 6)
+    assert group_accuracy(wrong, labels, [500, 100], mean_over="classes")["many"] == 50
+    assert np.isnan(group_accuracy(wrong, labels, [500, 100], mean_over="classes")["few"])
+    with pytest.raises(InputError, match="unknown mean 'groups'"):
+        group_accuracy(wrong, labels, [500, 100], mean_over="groups")
