@@ -27,7 +27,7 @@ from lt_core import backbones, classifiers, paths
 from lt_core.baselines import WeightScaling
 from lt_core.cache import FeatureCache, file_digest
 from lt_core.checks import CacheError, InputError, first_line
-from lt_core.data.image_files import Crops, ImageFiles
+from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import load_profile
 from lt_core.models import CosineClassifier, build_backbone
 from lt_core.train import load_checkpoint
@@ -104,8 +104,8 @@ class ExportedModel(nn.Module):
     def pixels(self, file: str | Path) -> Tensor:
         """Pixels [1, 3, S, S] of an image file, its central square, as in training; raises DataError."""
         path = Path(file)
-        crops = Crops(ImageFiles(path.parent, np.array([path.name])), self.config["input_size"])
-        return crops[0, None][0][None]
+        files = ImageFiles(path.parent, np.array([path.name]))
+        return files.pixels(0, self.config["input_size"])[None]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(inputs.float() if self.backbone is None else self.backbone(inputs.float()))

@@ -7,7 +7,7 @@ trained into a feature cache, and shown by notebook 15. Everything lies in one f
     caches/, reports/, figures/    as of any profile: reports/study-NAME/15_your_images.html is the report
     model/              network and the classifier that validation chose (`lt_core.export`)
 
-    report = study_images(Images("photos"), "timm:resnet50.a1_in1k", Options(out=Path("photos-study")))
+    study_images("photos", "timm:resnet50.a1_in1k", Options(out=Path("photos-study")))
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lt_core.data.datasets import (
     listing_of,
     same_content,
 )
-from lt_core.data.image_files import Crops, ImageFiles
+from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import OwnImages, load_profile
 from lt_core.data.weights import TORCHVISION
 from lt_core.export import NOT_ROWS, save_model, trained_job
@@ -263,7 +263,7 @@ def _check_header(path: Path) -> None:
 def thumbnail(split: Split, row: int, side: int = 96) -> Image.Image:
     """One image of a split as a small picture of `side` pixels."""
     if isinstance(split.images, ImageFiles):
-        pixels = Crops(split.images, side)[row, None][0].permute(1, 2, 0).numpy()
+        pixels = split.images.pixels(row, side).permute(1, 2, 0).numpy()
     else:
         pixels = split.images[row].numpy()
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
@@ -394,7 +394,7 @@ def _probe(network: torch.nn.Module, job: backbones.Job) -> None:
     """Raises InputError where the network does not take these images, before an hour is spent on them."""
     split, size = job.data.splits["train"], job.recipe.input_size
     if isinstance(split.images, ImageFiles):
-        pixels = Crops(split.images[:1], size)[0, None][0][None].float()
+        pixels = split.images.pixels(0, size)[None].float()
     else:
         pixels = resize(to_pixels(split.images[:1]), size)
     try:

@@ -257,10 +257,8 @@ def test_a_study_ends_with_a_cache_and_the_chosen_classifier(tree, tmp_path, wit
 
 
 def study_pixels(split: datasets.Split, size: int):
-    from lt_core.data.image_files import Crops
-
     for row in range(len(split)):
-        yield Crops(split.images, size)[row][0][None]
+        yield split.images.pixels(row, size)[None]
 
 
 def arrays(label=str) -> dict[str, np.ndarray]:

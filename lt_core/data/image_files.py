@@ -59,11 +59,14 @@ class ImageFiles:
     def __getitem__(self, rows: Tensor | slice) -> ImageFiles:
         return ImageFiles(self.folder, self.names[rows if isinstance(rows, slice) else rows.numpy()])
 
+    def pixels(self, row: int, size: int) -> Tensor:
+        """One image as evaluation sees it: uint8 [3, S, S], its central square. Raises DataError."""
+        return Crops(self, size)[row, None][0]
+
     def check(self, sample: int) -> None:
         """Decode `sample` images, evenly spaced; raises DataError naming one that cannot be read."""
-        crops = Crops(self, 32)
         for row in np.unique(np.linspace(0, len(self) - 1, sample).astype(int)):
-            crops[row, None]
+            self.pixels(row, 32)
 
 
 class Crops(TorchDataset):
