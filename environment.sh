@@ -5,9 +5,14 @@
 #
 # An active conda or virtual environment that satisfies every pin of requirements.txt is used as it is.
 # Otherwise .venv is made (or completed, or brought up to date). Nothing is downloaded when nothing is missing.
+# Python reads code from this checkout and that environment alone: not from the current folder, the caller's
+# PYTHONPATH or the home folder.
 #
 #     PYTHON      the Python 3.11 to build .venv with (default: python3.11, python3, python)
 #     LT_DISK_GB  free disk space asked for, in GB (default 7, for the default torch build)
+
+unset PYTHONPATH PYTHONHOME PYTHONSTARTUP
+export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1
 
 say() { printf '%s\n' "$*"; }
 
@@ -156,5 +161,5 @@ prepare_environment() {
         is_complete || make_venv_locked
         LT_PYTHON="$root/.venv/bin/python"
     fi
-    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="$root"
 }

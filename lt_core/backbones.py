@@ -85,9 +85,9 @@ def ensure(profile: str, backbone: str, seed: int, data_root: str | Path | None 
     Raises CacheError when the cache is missing and cannot be made here, saying what to do.
     """
     folder = cache_folder(profile, backbone, seed)
-    if (folder / META).exists():
-        return folder
     chosen = load_profile(profile)
+    if is_made(folder, chosen, backbone, seed):
+        return folder
     if not chosen.trains:
         raise CacheError(
             f"profile {profile} has no cache of {backbone} with seed {seed} ({folder}): train it with "
@@ -100,18 +100,63 @@ def ensure(profile: str, backbone: str, seed: int, data_root: str | Path | None 
 def load(profile: str, backbone: str, seed: int = 0, data_root: str | Path | None = None) -> FeatureCache:
     """The feature cache of one backbone and seed (trained first where the profile does that).
 
-    Raises CacheError for a damaged one and for one that was moved here from another place.
+    Raises CacheError for a damaged one and for one that was made otherwise than the profile asks for.
     """
-    folder = ensure(profile, backbone, seed, data_root)
-    cache = load_cache(folder)
-    chosen = load_profile(profile)
-    wanted = {"dataset": chosen.dataset_of(backbone), "backbone": chosen.trained_as(backbone), "seed": seed}
-    stated = {key: cache.meta.get(key) for key in wanted}
-    if stated != wanted:
+    cache = load_cache(ensure(profile, backbone, seed, data_root))
+    older = [one.reason for one in load_profile(profile).older_caches if backbone in one.backbones]
+    return replace(cache, meta=cache.meta | {"remarks": older})  # shown with where it comes from
+
+
+def made_as(profile: Profile, name: str, seed: int) -> dict[str, Any]:
+    """All of a profile that a cache depends on, as its `meta.json` states it."""
+    name = profile.trained_as(name)
+    backbone = profile.backbone(name)
+    parts = {
+        "dataset": profile.dataset_of(name),
+        "backbone": name,
+        "seed": seed,
+        **backbone.model_dump(exclude={"role", "recipe", "seeds", "stored_splits"}),
+        "recipe": profile.recipes[backbone.recipe].model_dump(),
+        "pretraining": {},
+    }
+    if before := profile.pretraining.get(backbone.start):
+        recipe = profile.recipes[before.recipe].model_dump()
+        parts["pretraining"] = before.model_dump() | {"recipe": recipe}
+    return parts
+
+
+def is_made(folder: Path, profile: Profile, name: str, seed: int) -> bool:
+    """Whether the cache is there. Raises CacheError, naming what differs, for one that was made otherwise.
+
+    What the recipe of an older cache does not state has its default; what else it may state or lack, the
+    profile lists (`older_caches`).
+    """
+    if not (folder / META).exists():
+        return False
+    meta, wanted = read_meta(folder), made_as(profile, name, seed)
+    stated = {key: meta[key] for key in wanted if key in meta}
+    for older in profile.older_caches:
+        if name in older.backbones:
+            stated |= {key: wanted[key] for key in older.lacks if key not in meta}
+            stated |= {key: wanted[key] for key, value in older.states.items() if meta.get(key) == value}
+    defaults = {"recipe": Recipe.model_construct().model_dump()}
+    found, asked = flat(defaults) | flat(stated), flat(wanted)
+    differing = [key for key in sorted(found | asked) if found.get(key) != asked.get(key)]
+    if differing:
+        texts = [f"{key} {found.get(key)!r} and not {asked.get(key)!r}" for key in differing[:3]]
         raise CacheError(
-            f"{folder} holds the cache of {stated}: move it back, or delete it and make it again"
+            f"{folder} was made with {', '.join(texts)}, as profile {profile.name} asks for: move it away to "
+            "train it again, write elsewhere (LT_OUTPUT_ROOT), or give the backbone another name"
         )
-    return cache
+    return True
+
+
+def flat(entries: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """`{"recipe": {"epochs": 1}}` as `{"recipe.epochs": 1}`."""
+    parts: dict[str, Any] = {}
+    for key, value in entries.items():
+        parts |= flat(value, f"{place}{key}.") if isinstance(value, dict) else {place + key: value}
+    return parts
 
 
 def seeds_shown(profile: str, backbone: str, seed: int | None = None) -> list[int]:
@@ -484,12 +529,8 @@ def provenance(job: Job) -> dict[str, object]:
     """What `meta.json` says of where a cache comes from."""
     return {
         "profile": job.profile.name,
-        "dataset": job.data.name,
-        "backbone": job.name,
-        **job.backbone.model_dump(exclude={"role", "recipe", "seeds", "stored_splits"}),
-        "recipe": job.recipe.model_dump(),
+        **made_as(job.profile, job.name, job.seed),
         "checkpoint": "last",
-        "seed": job.seed,
         "class_names": list(job.data.class_names),
         "wnids": list(job.data.wnids) if job.data.wnids else None,
         "code_version": job.code,

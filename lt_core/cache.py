@@ -1,7 +1,7 @@
 """The feature cache: everything downstream of training reads only this.
 
-A cache is a folder with `features.safetensors` and `meta.json`. Loading checks hash, version, shapes and
-ranges, and never unpickles; anybody's cache of this format is accepted.
+A cache is a folder with `features.safetensors` and `meta.json`, which states the hash of both. Loading checks
+hashes, version, shapes and ranges, and never unpickles; anybody's cache of this format is accepted.
 
     cache = load_cache("caches/tiny_imagenet_lt/sqrt/seed0")
     cache.features("test"), cache.labels("test"), cache.weights, cache.scale, cache.prototypes, cache.counts
@@ -24,17 +24,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from lt_core import paths
-from lt_core.checks import CacheError, InputError, check_counts, check_labels, check_matrix, check_positive
+from lt_core.checks import (
+    CacheError,
+    InputError,
+    check_counts,
+    check_label,
+    check_labels,
+    check_matrix,
+    check_positive,
+)
 from lt_core.models import build_classifier
 from lt_core.transfer import SCALE, prototypes
 
 FORMAT_VERSION = 1
 TENSORS, META = "features.safetensors", "meta.json"
 SHARED = "shared_features"  # key of meta.json: the features lie in the cache of another seed
+OWN_HASH = "meta_sha256"  # key of meta.json: the hash of all that it states
+SUMS = "SHA256SUMS"  # lists, two folders above a cache, each meta.json that is older than this key
 SPLITS = ("train", "val", "test")
 ROWS = 2**14  # features looked at once: 128 MB of 2048 in float32
+ALIKE = 0.99  # cosine of each prototype with the mean of its features, at least
 
 Split = tuple[Tensor, Tensor]  # features [M, F], labels [M]
 
@@ -240,6 +252,7 @@ def save_cache(folder: Path, cache: FeatureCache, features_of: str | None = None
     meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": file_digest(folder / TENSORS)}
     if features_of:
         meta[SHARED] = {"of": features_of, "sha256": read_meta(folder.parent / features_of)["sha256"]}
+    meta[OWN_HASH] = meta_digest(json.loads(json.dumps(meta)))  # as it will be read
     with paths.atomic(folder / META) as temporary:
         temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -266,7 +279,18 @@ def check_cache(cache: FeatureCache) -> None:
         for start in range(0, max(1, len(features)), ROWS):  # features may be a file that is mapped
             name = f"{split} features" + (f" from row {start} on" if start else "")
             check_matrix(name, features[start : start + ROWS], columns=cache.prototypes.shape[1])
-        check_labels(f"{split} labels", labels, len(cache.counts), length=len(features))
+        _check_split_labels(split, labels, cache.counts, len(features))
+    if "train" in cache.splits:
+        found = prototypes(*cache.splits["train"], len(cache.counts)).to(cache.prototypes)
+        if cosine_similarity(found, cache.prototypes, dim=1).min() < ALIKE:
+            raise InputError("the prototypes are not those of the train features")
+
+
+def _check_split_labels(split: str, labels: Tensor, counts: Tensor, length: int) -> None:
+    """Labels lie within the classes; of train images there are as many of each class as the counts say."""
+    labels = check_labels(f"{split} labels", labels, len(counts), length)
+    if split == "train" and not torch.equal(torch.bincount(labels, minlength=len(counts)), counts.long()):
+        raise InputError("the counts are not those of the train labels")
 
 
 def _check_classes(cache: FeatureCache) -> None:
@@ -285,6 +309,10 @@ def _check_classes(cache: FeatureCache) -> None:
             raise InputError(f"{name} must be [{length}] and finite")
     if len(cache.meta.get("class_names", [])) != num_classes:
         raise InputError(f"meta must name {num_classes} classes")
+    if len(cache.meta.get("wnids") or cache.class_names) != num_classes:
+        raise InputError(f"meta must have {num_classes} wnids or none")
+    for name in (*cache.class_names, *(cache.meta.get("wnids") or ())):
+        check_label("a name of a class in meta", name)
 
 
 # ---------------------------------------------------------------- reading
@@ -318,7 +346,7 @@ def load_cache(folder: str | Path) -> FeatureCache:
         )
         _check_classes(cache)
         if isinstance(cache.splits, StoredSplits):
-            cache.splits.check(*cache.prototypes.shape)
+            cache.splits.check(cache.counts, cache.prototypes.shape[1])
     except (OSError, SafetensorError) as error:
         raise CacheError(f"{path} cannot be read ({error}): fetch or make it again") from None
     except (KeyError, TypeError, InputError, RuntimeError, ValueError) as error:
@@ -326,11 +354,26 @@ def load_cache(folder: str | Path) -> FeatureCache:
     return cache
 
 
+def meta_digest(meta: dict[str, Any]) -> str:
+    """sha256 of all that a description states, but for this hash itself."""
+    content = {key: value for key, value in meta.items() if key != OWN_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_listed(path: Path, content: bytes) -> bool:
+    """Whether the list of older caches (as `sha256sum` writes it) has this very meta.json."""
+    folders = path.resolve().parents
+    root = folders[min(3, len(folders) - 1)]
+    line = f"{hashlib.sha256(content).hexdigest()}  {path.resolve().relative_to(root).as_posix()}"
+    return (root / SUMS).is_file() and line in (root / SUMS).read_text(encoding="utf-8").splitlines()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """A cache's provenance; raises CacheError when it is missing, unreadable or of another version."""
+    """A cache's provenance; raises CacheError when it is missing, damaged or of another version."""
     path = Path(folder) / META
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        meta = json.loads(content)
         version = meta["format_version"]
     except FileNotFoundError:
         raise CacheError(f"there is no feature cache in {folder}") from None
@@ -342,6 +385,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CacheError(
             f"{path} has format version {version}, this code reads {FORMAT_VERSION}: make it again"
         )
+    if meta.get(OWN_HASH) != meta_digest(meta) and not _is_listed(path, content):
+        raise CacheError(f"{path} does not have the hash that it states: fetch it or make it again")
     return meta
 
 
@@ -377,7 +422,7 @@ class StoredSplits(Mapping[str, Split]):
         except (OSError, SafetensorError) as error:  # as after loading, when the file has gone
             raise CacheError(f"{self.path} cannot be read ({error}): fetch or make it again") from None
 
-    def check(self, num_classes: int, num_features: int) -> None:
+    def check(self, counts: Tensor, num_features: int) -> None:
         """As `check_cache`, without expanding: int8 times a finite step is finite."""
         if not self.names:
             raise InputError("there are no features")
@@ -387,7 +432,7 @@ class StoredSplits(Mapping[str, Split]):
                 raise InputError(f"{split} features must be int8 [M, {num_features}]")
             if step.shape != values.shape[:1] or not step.isfinite().all():
                 raise InputError(f"{split} steps must be {len(values)} finite numbers")
-            check_labels(f"{split} labels", labels, num_classes, length=len(values))
+            _check_split_labels(split, labels, counts, len(values))
 
 
 def _shared_splits(folder: Path, shared: dict[str, Any]) -> Mapping[str, Split]:

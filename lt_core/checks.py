@@ -7,6 +7,9 @@ One clear sentence says what is wrong and what to do; the command line prints it
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
+
 import numpy as np
 import torch
 
@@ -43,6 +46,40 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """Text from anywhere as one line that controls nothing: newlines, escapes and such are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def check_name(kind: str, name: str) -> str:
+    """A name that becomes part of a path: letters, digits and . _ - only. Raises InputError for any other."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
+        raise InputError(f"{kind} {name!r} cannot name a folder: use letters, digits and . _ - only")
+    return name
+
+
+def is_below(place: object) -> bool:
+    """Whether a relative path from a file is one, and stays below the folder that it is read from."""
+    parts = PurePosixPath(place).parts if isinstance(place, str) and place.isprintable() else ()
+    return bool(parts) and parts[0] != "/" and ".." not in parts
+
+
+def check_label(name: str, value: object) -> None:
+    """The name of a class: a line of text, without what Markdown, HTML and formulas read as markup.
+
+    Raises InputError for any other.
+    """
+    markup = r"[<>\\`$*|{}\[\]]|^[=+@-]"
+    if not isinstance(value, str) or not value.isprintable() or re.search(markup, value):
+        raise InputError(f"{name} must be plain text without markup, found {printable(str(value))[:80]!r}")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises InputError for a seed that NumPy's generators do not take."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be 0 or above, found {seed} (and below 2**32)")
 
 
 def as_tensor(name: str, value: object) -> torch.Tensor:

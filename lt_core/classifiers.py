@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import os
 import time
@@ -377,20 +378,20 @@ def _code() -> str:
 
 def _write(target: Path, found: Prediction) -> None:
     record = {"setting": found.setting, "tried": found.tried, "seconds": found.seconds, "note": found.note}
-    with paths.atomic(target) as temporary, open(temporary, "wb") as file:
-        np.savez(file, classes=found.classes.astype(np.int32), record=np.array(json.dumps(record)))
+    content = io.BytesIO()
+    np.savez(content, classes=found.classes.astype(np.int32), record=np.array(json.dumps(record)))
+    paths.write_sealed(target, content.getvalue())
 
 
 def _read(target: Path, num_classes: int) -> Prediction | None:
-    """The kept prediction, or None where there is none that can be read whole (it is then made again)."""
-    try:
-        with open(target, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            classes = check_labels("classes", stored["classes"], num_classes).numpy()
-            record: dict[str, Any] = json.loads(str(stored["record"]))
-        tried = [(setting, accuracy) for setting, accuracy in record["tried"]]
-        return Prediction(classes, record["setting"], tried, record["seconds"], record["note"])
-    except Exception:  # zipfile and NumPy raise many kinds for a damaged file
+    """The kept prediction, or None where there is none that is whole (it is then made again)."""
+    if (content := paths.read_sealed(target)) is None:
         return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        classes = check_labels("classes", stored["classes"], num_classes).numpy()
+        record: dict[str, Any] = json.loads(str(stored["record"]))
+    tried = [(setting, accuracy) for setting, accuracy in record["tried"]]
+    return Prediction(classes, record["setting"], tried, record["seconds"], record["note"])
 
 
 def _count(what: str, cache: FeatureCache, question: Question) -> None:

@@ -197,7 +197,7 @@ def notebooks(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """One backbone, or `all` of the profile, skipping what is done."""
     from lt_core import backbones, paths
-    from lt_core.checks import DataError, InputError
+    from lt_core.checks import DataError, check_seed
     from lt_core.data.profiles import load_profile
 
     chosen = load_profile(arguments.profile)
@@ -205,8 +205,7 @@ def train(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"profile {chosen.name} ships its caches and trains nothing; `small` trains what it ships"
         )
-    if arguments.seed is not None and arguments.seed < 0:
-        raise InputError(f"--seed must be 0 or above, found {arguments.seed}")
+    check_seed(arguments.seed)
     every = [name for name in chosen.backbones if name not in chosen.aliases]
     names = every if arguments.backbone == "all" else [arguments.backbone]
     seeds = {n: chosen.backbone(n).seeds if arguments.seed is None else [arguments.seed] for n in names}
@@ -222,7 +221,7 @@ def train(arguments: argparse.Namespace) -> int:
     started, done = time.monotonic(), 0
     for number, (seed, name) in enumerate(jobs, start=1):
         folder = target / backbones.cache_place(chosen, name, seed)
-        if (folder / "meta.json").exists():
+        if backbones.is_made(folder, chosen, name, seed):
             log.info("[%d/%d] %s seed %d: done already, %s", number, len(jobs), name, seed, folder)
             continue
         log.info("[%d/%d] %s seed %d", number, len(jobs), name, seed)
@@ -349,12 +348,14 @@ def main(words: list[str] | None = None) -> int:
     show_progress()
     try:
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup does
+            signal.signal(signal.SIGHUP, _interrupt)
         return arguments.command(arguments)
     except TrainingError as error:
         return _report(error, EXIT_FAILED)
     except LTError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except OSError as error:  # disk full, no permission: the message names the file
+    except (OSError, MemoryError) as error:  # disk full, no permission: the message names the file
         return _report(error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -373,5 +374,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _report(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    from lt_core.checks import printable
+
+    print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
     return status

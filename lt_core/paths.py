@@ -9,19 +9,20 @@ default: the checkout).
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lt_core.checks import DataError, InputError
+from lt_core.checks import DataError, check_name
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 NOTEBOOKS = ROOT / "notebooks"
 SHIPPED_CACHES = ROOT / "caches"
+STAGED = "LT_STAGED_FIGURES"  # environment variable: where a notebook writes that the runner runs
 
 
 def output_root() -> Path:
@@ -49,7 +50,8 @@ def figures(profile: str, **parameters: object) -> Path:
     Parameters that are not None have a folder of their own, named by them (figures/embedded+seed=1), so that
     they never overwrite the committed results. Raises InputError for a value that cannot be part of a name.
     """
-    return output_root() / "figures" / _named(profile, parameters)
+    staged = os.environ.get(STAGED)
+    return (Path(staged) if staged else output_root() / "figures") / _named(profile, parameters)
 
 
 def reports(profile: str, **parameters: object) -> Path:
@@ -59,10 +61,8 @@ def reports(profile: str, **parameters: object) -> Path:
 
 def _named(profile: str, parameters: dict[str, object]) -> str:
     chosen = {name: str(value) for name, value in sorted(parameters.items()) if value is not None}
-    for name, value in chosen.items():
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", value):
-            raise InputError(f"{name}={value} cannot name a folder: use letters, digits and . _ - only")
-    return "+".join([Path(profile).stem, *(f"{name}={value}" for name, value in chosen.items())])
+    parts = [f"{name}={check_name(name, value)}" for name, value in chosen.items()]
+    return "+".join([check_name("profile", Path(profile).stem), *parts])
 
 
 def data_root(given: str | Path | None = None) -> Path:
@@ -87,14 +87,14 @@ def atomic(target: Path) -> Iterator[Path]:
     their own.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode  # that the umask leaves, whatever the writer makes of it
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     except OSError as error:
         if error.filename is None:  # a failed write does not say where
@@ -102,3 +102,22 @@ def atomic(target: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+SEAL = hashlib.sha256().digest_size  # bytes
+
+
+def write_sealed(target: Path, content: bytes) -> None:
+    """Write a file that can be made again, with the hash of its content at the end."""
+    with atomic(target) as temporary:
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """The content that `write_sealed` wrote; None where there is none that is whole: it is made again."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    content = stored[:-SEAL]
+    return content if hashlib.sha256(content).digest() == stored[-SEAL:] else None

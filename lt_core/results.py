@@ -321,4 +321,5 @@ def provenance(caches: list[FeatureCache]) -> str:
         f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, learning rate {rates}, weight decay "
         f"{recipe['weight_decay']:g}, last epoch; seeds {', '.join(str(c.meta['seed']) for c in caches)}; "
         f"{minutes:.1f} min a seed on {meta['hardware']}; code {meta['code_version']}"
+        + "".join(f"; {remark}" for remark in meta.get("remarks", []))
     )

@@ -2,7 +2,8 @@
 
 A notebook runs when something that it depends on has changed or a product is missing or changed. One that
 fails does not stop the others. Each runs in processes of its own (papermill and its kernel), so that one that
-is killed takes nothing along.
+is killed takes nothing along, and in a folder of its own, from which a run that ended well hands over: what a
+dead run left behind may write reaches nothing.
 
     status = run(Options(profile="digits", only="01,02"))      # 0: all well, 1: a notebook failed
 """
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,14 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from lt_core import paths
-from lt_core.checks import InputError, LTError, ProfileError, unknown
+from lt_core.checks import InputError, LTError, ProfileError, check_seed, is_below, printable, unknown
 
 CODE_SUFFIXES = {".py", ".toml", ".csv", ".json", ".txt", ".html", ".j2", ".css"}
 REPORT = "LT_REPORT"  # environment variable: set while a report is made, which has no live widgets
 FIT_LOG = "LT_FIT_LOG"  # environment variable: the account of compared systems (`lt_core.classifiers`)
 RESERVED = ("profile", "seed")  # parameters with an option of their own
 STAGGER_SECONDS = 1.0  # between two kernel starts: they look for free ports and read the same files
+SCRATCH = ".run-"  # how the folders in which runs work begin, beside their reports
 NEVER_STARTED = re.compile(r"Kernel died before replying|Kernel didn't respond|[Tt]imeout waiting for kernel")
+FOREIGN = ("PYTHON", "IPYTHON", "JUPYTER", "PAPERMILL")  # variables through which other code could come in
+VERDICTS = "claims.csv"  # of the notebook that judges; those that declare claims read it
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -64,12 +69,18 @@ class Notebook:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """The file as parsed JSON; {} when it is none."""
+        """The file as parsed JSON; {} when it is no notebook, or declares what cannot be files."""
+        import nbformat
+
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            nbformat.validate(content)
+            declared = content["metadata"].get("lt_core", {})
+            names = [declared.get("produces", []), declared.get("backbones", [])]
+            fits = all(isinstance(some, list) and all(map(is_below, some)) for some in names)
+        except Exception:  # whatever the content of a damaged file makes these raise
             return {}
-        return content if isinstance(content, dict) and isinstance(content.get("cells"), list) else {}
+        return content if fits else {}
 
     @property
     def cells(self) -> list[dict[str, Any]]:
@@ -101,7 +112,7 @@ class Notebook:
             if cell.get("cell_type") == "markdown":
                 for line in source_of(cell).splitlines():
                     if line.startswith("#"):
-                        return line.lstrip("#").strip()
+                        return printable(line.lstrip("#").strip())
         return self.name
 
     @cached_property
@@ -272,6 +283,7 @@ class Record:
     error: str = ""
     cell: str = ""  # where the error was
     fingerprint: dict[str, str] = field(default_factory=dict)
+    pages: dict[str, str] = field(default_factory=dict)  # report and executed notebook -> sha256
 
     def save(self, folder: Path) -> None:
         with paths.atomic(folder / f"{self.notebook}.json") as temporary:
@@ -280,14 +292,16 @@ class Record:
     @classmethod
     def load(cls, folder: Path, name: str) -> Record | None:
         """The record of the last run; None when there is none that can be read."""
+        from pydantic import TypeAdapter
+
         try:
-            return cls(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return TypeAdapter(cls).validate_json((folder / f"{name}.json").read_bytes())
+        except (OSError, ValueError):
             return None
 
     @property
     def what_went_wrong(self) -> str:
-        return f"{self.cell}: {self.error}" if self.cell else self.error
+        return printable(f"{self.cell}: {self.error}" if self.cell else self.error)
 
 
 def listing(profile: str, folder: Path | None = None) -> str:
@@ -322,21 +336,27 @@ def run(options: Options, folder: Path | None = None) -> int:
     plan(options, folder)  # refuses wrong names before waiting for the lock
     with one_at_a_time(options.reports, options.profile):
         tasks = plan(options, folder)
+        for left in options.reports.glob(f"{SCRATCH}*"):  # of dead runs: we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        for left in [*options.reports.glob(".*.tmp"), *tasks[0].out.glob(".*.tmp")]:
+            left.unlink()
         account = options.reports / ".fits"
         account.unlink(missing_ok=True)
         records = run_tasks(tasks, options, account)
         seconds = time.monotonic() - began
-        known = [r for n in find(folder) if (r := Record.load(options.reports, n.name))]
-        site.write_summary(
-            tasks[0].out,
-            [(n.name, n.title, n.produces) for n in find(folder)],
-            options.reports / "report.html",
-        )
+        out, every = tasks[0].out, find(folder)
+        known = {n.name: r for n in every if (r := Record.load(options.reports, n.name))}
+
+        def as_made(n: Notebook) -> list[str]:  # a damaged product is not shown
+            made = known[n.name].products if n.name in known else {}
+            return [name for name in n.produces if made.get(name, "") in ("", file_digest(out / name))]
+
+        parts = [(n.name, n.title, as_made(n)) for n in every]
+        site.write_summary(out, parts, options.reports / "report.html")
         everything = options.only is None and all(task.reason for task in tasks)
         figures = {task.notebook.name: task.out for task in tasks}
-        site.write_index(
-            load_profile(options.profile), options.reports, known, figures, seconds if everything else None
-        )
+        shown = load_profile(options.profile), options.reports, list(known.values()), figures
+        site.write_index(*shown, seconds if everything else None)
     print(summary(tasks, records, options, seconds, account), flush=True)
     return int(any(record.status != "ok" for record in records.values()))
 
@@ -348,8 +368,7 @@ def plan(options: Options, folder: Path | None = None) -> list[Task]:
     load_profile(options.profile)
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs must be at least 1, found {options.jobs}")
-    if options.seed is not None and options.seed < 0:
-        raise InputError(f"--seed must be 0 or above, found {options.seed}")
+    check_seed(options.seed)
     if options.data_root is not None:
         paths.data_root(options.data_root)
     selected = select(find(folder), options.only)
@@ -376,8 +395,9 @@ def reason_to_run(task: Task) -> str:
         return "never run"
     if last.status != "ok":
         return "failed last time" if last.status == "failed" else "did not finish last time"
-    if not (task.options.reports / f"{task.notebook.name}.html").is_file():
-        return "its page is missing"
+    for name in pages_of(task.notebook):
+        if not last.pages.get(name) or file_digest(task.options.reports / name) != last.pages[name]:
+            return "its page is missing or changed"
     for name in task.notebook.produces:
         found = file_digest(task.out / name)
         if found != last.products.get(name):
@@ -392,15 +412,19 @@ def fingerprint(task: Task) -> dict[str, str]:
     notebook = task.notebook
     cells = [[cell.get("cell_type"), source_of(cell)] for cell in notebook.cells]
     pins = [file_digest(paths.ROOT / "requirements.txt"), installed("torch")]
-    verdicts = file_digest(task.out / "claims.csv") if notebook.declared.get("claims") else ""
+    verdicts = file_digest(task.out / VERDICTS) if notebook.declared.get("claims") else ""
     return {
         "notebook": digest([cells, notebook.declared]),
         "parameters": digest(task.injected),
         "code": digest([[path.name, file_digest(path)] for path in code_files()]),
         "environment": digest(pins),
         "feature caches": digest(cache_hashes(task)),
-        "verdicts that it shows": "" if "claims.csv" in notebook.produces else verdicts,
+        "verdicts that it shows": "" if VERDICTS in notebook.produces else verdicts,
     }
+
+
+def pages_of(notebook: Notebook) -> tuple[str, str]:
+    return f"{notebook.name}.html", f"{notebook.name}.ipynb"
 
 
 def code_files() -> list[Path]:
@@ -409,7 +433,7 @@ def code_files() -> list[Path]:
 
 
 def cache_hashes(task: Task) -> list[str]:
-    """The hash that the feature cache of each seed states of itself, where there is one."""
+    """The hash of the description, hashes included, of the feature cache of each seed, where there is one."""
     from lt_core import backbones
     from lt_core.data.profiles import load_profile
 
@@ -417,8 +441,7 @@ def cache_hashes(task: Task) -> list[str]:
     for name in (name for name in task.notebook.backbones if name in known):
         for seed in dict.fromkeys([*known[name].seeds, task.options.seed or 0]):
             meta = backbones.cache_folder(task.options.profile, name, seed) / "meta.json"
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                hashes.append(str(json.loads(meta.read_text(encoding="utf-8"))["sha256"]))
+            hashes.append(file_digest(meta))
     return hashes
 
 
@@ -470,9 +493,11 @@ def run_tasks(tasks: list[Task], options: Options, account: Path) -> dict[str, R
         return records
     broken = make_backbones(due, options)
     jobs = options.jobs or min(2, cores())
-    with tempfile.TemporaryDirectory(prefix="lt_core-") as scratch, Processes() as processes:
+    own = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=options.reports, ignore_cleanup_errors=True)
+    with own as scratch, Processes() as processes:
         environment = child_environment(options, Path(scratch), account)
-        worker = Worker(environment, processes, len(due), broken)
+        worker = Worker(environment, Path(scratch), processes, broken)
+        worker.total = len(due)
         # What runs first runs alone, with all cores; the others side by side share them.
         for group, beside in (
             ([t for t in due if t.notebook.first], 1),
@@ -507,9 +532,9 @@ def make_backbones(tasks: list[Task], options: Options) -> dict[str, str]:
             for seed in backbones.seeds_shown(options.profile, name, options.seed):
                 backbones.ensure(options.profile, name, seed, options.data_root)
         except LTError as error:
-            failed[name] = f"backbone {name}: {error}"
+            failed[name] = f"backbone {name}: {printable(str(error))}"
         except Exception as error:  # its notebooks fail with it, the others run
-            failed[name] = f"backbone {name}: {type(error).__name__}: {error}"
+            failed[name] = f"backbone {name}: {type(error).__name__}: {printable(str(error))}"
         if name in failed:
             print(failed[name], flush=True)
     return failed
@@ -519,14 +544,16 @@ class Worker:
     """Runs one notebook after the other, called from several threads."""
 
     def __init__(
-        self, environment: dict[str, str], processes: Processes, total: int, broken: dict[str, str]
+        self, environment: dict[str, str], scratch: Path, processes: Processes, broken: dict[str, str]
     ) -> None:
-        self.environment, self.processes, self.total, self.broken = environment, processes, total, broken
+        self.environment, self.scratch = environment, scratch
+        self.processes, self.broken = processes, broken
+        self.total = 0  # notebooks that run
         self.threads, self.done, self.next_start = 1, 0, 0.0
         self.starting, self.finishing = threading.Lock(), threading.Lock()
 
     def run(self, task: Task) -> Record:
-        """Executes, renders, records."""
+        """Executes in a folder of its own, hands over, renders, records."""
         notebook, reports = task.notebook, task.options.reports
         record = Record(
             notebook=notebook.name,
@@ -545,13 +572,22 @@ class Worker:
             print(f"{notebook.name}: started ({task.reason})", flush=True)
             # Read before it runs: a change made meanwhile counts as a change.
             record.fingerprint = fingerprint(task)
-            before = {name: stamp(task.out / name) for name in notebook.produces}
-            record.error, record.cell = self.execute(task)
+            place = self.scratch / notebook.name
+            made = place / "figures" / task.out.name
+            made.mkdir(parents=True)
+            shown = task.out / VERDICTS
+            if reads := bool(notebook.declared.get("claims")) and shown.is_file():  # of another notebook
+                shutil.copyfile(shown, made / VERDICTS)
+            record.error, record.cell = self.execute(task, place)
             if self.processes.stopped:  # interrupted: the record stays at "running"
                 return record
-            unwritten = [name for name in notebook.produces if stamp(task.out / name) == before[name]]
+            unwritten = [name for name in notebook.produces if not (made / name).is_file()]
             if not record.error and unwritten:
                 record.error = f"did not write {unwritten[0]}"
+            if reads:
+                (made / VERDICTS).unlink()
+            if not record.error:
+                hand_over(made, task.out)
             record.products = {name: file_digest(task.out / name) for name in notebook.produces}
         record.seconds = round(time.monotonic() - began, 1)
         record.status = "failed" if record.error else "ok"
@@ -564,39 +600,36 @@ class Worker:
             time.sleep(max(0.0, self.next_start - time.monotonic()))
             self.next_start = time.monotonic() + STAGGER_SECONDS
 
-    def execute(self, task: Task) -> tuple[str, str]:
+    def execute(self, task: Task, place: Path) -> tuple[str, str]:
         """Runs papermill, again if the kernel never started; error and cell, both empty if all is well."""
         name, reports = task.notebook.name, task.options.reports
-        executed, log = reports / f"{name}.ipynb", reports / f"{name}.log"
-        temporary = reports / f".{name}.running.ipynb"
-        executed.unlink(missing_ok=True)
-        try:
-            for attempt in (1, 2):
-                temporary.unlink(missing_ok=True)
-                status = self.papermill(task, temporary, log)
-                text = log.read_text(encoding="utf-8", errors="replace")
-                if status == 0 or attempt == 2 or not NEVER_STARTED.search(text) or was_executed(temporary):
-                    break
-                print(f"{name}: its kernel did not start, trying once more", flush=True)
-            if temporary.stat().st_size:
-                os.replace(temporary, executed)
-        except FileNotFoundError:
-            pass  # papermill ended before it wrote anything
-        finally:
-            temporary.unlink(missing_ok=True)
-        return ("", "") if status == 0 else explain(executed, text, status)
+        executed, log = place / f"{name}.ipynb", place / f"{name}.log"
+        for attempt in (1, 2):
+            executed.unlink(missing_ok=True)
+            status = self.papermill(task, executed, log)
+            text = log.read_text(encoding="utf-8", errors="replace")
+            if status == 0 or attempt == 2 or not NEVER_STARTED.search(text) or was_executed(executed):
+                break
+            print(f"{name}: its kernel did not start, trying once more", flush=True)
+        for file in (executed, log):
+            (reports / file.name).unlink(missing_ok=True)
+            if file.is_file() and file.stat().st_size:  # papermill may end before it writes anything
+                os.replace(file, reports / file.name)
+        return ("", "") if status == 0 else explain(reports / executed.name, text, status)
 
     def papermill(self, task: Task, output: Path, log: Path) -> int:
         import yaml
 
         source = task.notebook.path
         injected = base64.b64encode(yaml.safe_dump(task.injected).encode()).decode()
-        command = [sys.executable, "-m", "papermill", str(source), str(output), "--kernel", "python3"]
-        command += ["--cwd", str(source.parent), "--parameters_base64", injected]
-        command += ["--no-progress-bar", "--log-output"]
-        threads = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        command = [sys.executable, "-P", "-c", "from lt_core.runner import papermill; papermill()"]
+        command += [str(source), str(output), "--kernel", "python3", "--cwd", str(source.parent)]
+        command += ["--parameters_base64", injected, "--no-progress-bar", "--log-output"]
+        own = dict.fromkeys(THREAD_VARIABLES, str(self.threads)) | {
+            paths.STAGED: str(output.parent / "figures")
+        }
         with open(log, "wb") as stream:
-            return self.processes.wait_for(command, self.environment | threads, stream)
+            return self.processes.wait_for(command, self.environment | own, stream)
 
     def finish(self, record: Record, task: Task) -> None:
         from lt_core import site
@@ -609,6 +642,7 @@ class Worker:
         except Exception as error:  # a file that is no notebook has no report
             if record.status == "ok":
                 record.status, record.error = "failed", f"its report could not be written: {error}"
+        record.pages = {name: file_digest(reports / name) for name in pages_of(task.notebook)}
         record.save(reports)
         self.done += 1
         outcome = f"FAILED, {record.what_went_wrong}" if record.error else "finished"
@@ -617,12 +651,23 @@ class Worker:
         )
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written again; None where there is none."""
-    if not path.is_file():
-        return None
-    state = path.stat()
-    return state.st_ino, state.st_mtime_ns, state.st_size
+def hand_over(made: Path, target: Path) -> None:
+    """Puts all files of a folder in place, each whole."""
+    for file in sorted(path for path in made.rglob("*") if path.is_file()):
+        with paths.atomic(target / file.relative_to(made)) as temporary:
+            shutil.copyfile(file, temporary)
+
+
+def papermill() -> None:
+    """Papermill in a process that ends when the runner does, however that ended; its kernel ends with it."""
+    from papermill.cli import papermill as command
+
+    def end_with_the_runner() -> None:
+        os.read(0, 1)  # the runner holds the other end and writes nothing
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_runner, daemon=True).start()
+    command()
 
 
 class Processes:
@@ -646,13 +691,14 @@ class Processes:
             child = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # ends when we do
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             self.running.append(child)
-        status = child.wait()
+        with child:
+            status = child.wait()
         with self.lock:
             self.running.remove(child)
         return status
@@ -682,10 +728,12 @@ def cores() -> int:
 
 
 def child_environment(options: Options, scratch: Path, account: Path) -> dict[str, str]:
-    """The children's environment: this checkout, and nothing of the user's own settings."""
-    search = [str(paths.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The children's environment: this checkout, this Python's packages, and nothing of the user's own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     own = {
-        "PYTHONPATH": os.pathsep.join(search),
+        "PYTHONPATH": str(paths.PACKAGE.parent),
+        "PYTHONSAFEPATH": "1",  # not the current folder
+        "PYTHONNOUSERSITE": "1",
         "LT_OUTPUT_ROOT": str(paths.output_root()),  # absolute: a notebook runs in another folder
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "MPLCONFIGDIR": str(
@@ -698,9 +746,9 @@ def child_environment(options: Options, scratch: Path, account: Path) -> dict[st
         REPORT: "1",
         FIT_LOG: str(account),
     }
-    if options.data_root is not None:
-        own["LT_DATA_ROOT"] = str(paths.data_root(options.data_root))
-    return os.environ | own
+    if named := options.data_root or os.environ.get("LT_DATA_ROOT"):
+        own["LT_DATA_ROOT"] = str(Path(named).expanduser().resolve())
+    return kept | own
 
 
 # ---------------------------------------------------------------- what went wrong, and the account at the end

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ from traitlets.config import Config
 
 from lt_core import paths
 from lt_core.backbones import code_version
+from lt_core.checks import first_line, printable
 from lt_core.tables import load_table, to_html
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ if TYPE_CHECKING:
 TEMPLATES = paths.PACKAGE / "site_template"
 SUMMARY_WIDTH = 1000  # pixels of a picture in the one-page report
 LONG_OUTPUT_LINES = 20  # longer printed output is folded
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"script-src 'none'; object-src 'none'; "
+    "frame-src 'none'; base-uri 'none'; form-action 'none'\">"
+)
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 KINDS = {"T": "Table ", "F": "Figure ", "S": "Table S"}
 SHOWN_FIRST = [
     "text/html",
@@ -149,8 +156,14 @@ def render_notebook(source: Path, target: Path, record: Record, out: Path) -> No
     }
     known = {"metadata": {"path": str(paths.NOTEBOOKS), "name": record.title}, "report": report}
     page, _ = ReportExporter().from_notebook_node(notebook, resources=known)
+    write_page(target, page)
+
+
+def write_page(target: Path, page: str) -> None:
+    """Every page goes through here: whatever text came into it, nothing runs and nothing controls."""
+    page = CONTROLS.sub("\N{REPLACEMENT CHARACTER}", page.replace("<head>", f"<head>\n{POLICY}", 1))
     with paths.atomic(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def neighbours(name: str) -> list[tuple[str, str]]:
@@ -241,7 +254,7 @@ def description(picture: Path | io.BytesIO) -> str:
     try:
         with Image.open(picture) as image:
             return str(image.info.get("Description", ""))
-    except OSError:
+    except Exception:  # a damaged picture makes Pillow raise many kinds
         return ""
 
 
@@ -318,8 +331,7 @@ def write_index(
         references=references(),
         facts=facts(last),
     )
-    with paths.atomic(reports / "index.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page(reports / "index.html", page)
 
 
 def write_summary(figures: Path, notebooks: list[tuple[str, str, list[str]]], target: Path) -> None:
@@ -336,15 +348,15 @@ def write_summary(figures: Path, notebooks: list[tuple[str, str, list[str]]], ta
                 "title": title,
                 "answer": inline(figures / "answers" / f"{name}.md"),
                 "figures": [
-                    (description(figures / n), small_picture(figures / n), digest(figures / n))
+                    (description(figures / n), picture, digest(figures / n))
                     for n in made
-                    if n.endswith(".png")
+                    if n.endswith(".png") and (picture := readable(small_picture, figures / n))
                 ],
                 "tables": [
                     table
                     for n in made
                     if re.fullmatch(r"[TS]\d+[a-z]?\.csv", n)
-                    for table in _tables(figures / n)
+                    for table in readable(_tables, figures / n) or []
                 ],
             }
         )
@@ -353,15 +365,23 @@ def write_summary(figures: Path, notebooks: list[tuple[str, str, list[str]]], ta
     page = environment.get_template("summary.html.j2").render(
         style=style(), verdict=verdict, parts=parts, references=references()
     )
-    with paths.atomic(target) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+    write_page(target, page)
+
+
+def readable(make: Callable[[Path], Any], file: Path) -> Any:
+    """What `make` makes of a file; None, with a line that names the file, where it cannot be read."""
+    try:
+        return make(file)
+    except Exception as error:  # pictures and tables that are damaged raise many kinds
+        print(f"{file} is left out of the report: {printable(first_line(error))}")
+        return None
 
 
 def _tables(file: Path) -> list[tuple[str, str]]:
     """(title, HTML) of a table's rows that are in print, and of the others; none for another kind of CSV."""
-    table = load_table(file)
-    if "rule" not in table:
+    if not file.with_suffix(".tex").is_file():  # which every table has
         return []
+    table = load_table(file)
     printed = table.groupby("row", sort=False)["published"].transform(lambda values: values.notna().any())
     title = name_of(file.stem)
     parts = [(title, table[printed]), (f"{title}, rows that are not in print", table[~printed])]
@@ -402,7 +422,7 @@ def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:
             {
                 "name": name_of(stem, "Figure S"),
                 "picture": link(out / f"{stem}.png", reports),
-                "alt": description(out / f"{stem}.png"),
+                "alt": description(out / f"{stem}.png") or f"{stem}.png, which does not say what it shows",
                 "files": files[stem],
             }
             for stem in stems
@@ -419,7 +439,7 @@ def inline(file: Path, sentences: int | None = None) -> str:
     """
     if not file.is_file():
         return ""
-    text = ". ".join(file.read_text(encoding="utf-8").strip().split(". ")[:sentences])
+    text = ". ".join(file.read_text(encoding="utf-8", errors="replace").strip().split(". ")[:sentences])
     text = html.escape(text if text.endswith(".") else f"{text}.", quote=False)
     text = re.sub(r"\$([^$]+)\$", lambda found: mathml(html.unescape(found[1]), display=False), text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)

@@ -19,6 +19,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from lt_core.data.datasets import (
     Split,
     check_listing,
     listing_of,
+    read_array,
     same_content,
+    write_array,
 )
 from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import OwnImages, load_profile
@@ -187,11 +190,10 @@ def study_features(file: Path, options: Options) -> int:
     _write_profile(profile, about, name, {}, "features", options, list(cache.splits), num_images)
     load_profile.cache_clear()
     chosen_profile = load_profile(str(profile))
-    backbone, recipe = chosen_profile.backbone(BACKBONE), chosen_profile.recipes["head_only"]
     cache.meta.update(
-        backbone.model_dump(exclude={"role", "recipe", "seeds", "stored_splits"})
-        | {"profile": chosen_profile.name, "recipe": recipe.model_dump(), "checkpoint": "last"}
-        | {"start": file.name, "code_version": backbones.code_version(), "hardware": "the given features"}
+        backbones.made_as(chosen_profile, BACKBONE, 0)
+        | {"profile": chosen_profile.name, "checkpoint": "last", "code_version": backbones.code_version()}
+        | {"hardware": f"the features of {file.name}"}
     )
     save_cache(out / "caches" / backbones.cache_place(chosen_profile, BACKBONE, 0), cache)
     return _report(profile, options, None)
@@ -354,15 +356,14 @@ def kept_features(job: backbones.Job) -> dict[str, Tensor]:
     features = {}
     for name, split in job.data.splits.items():
         folder = paths.decoded() / "features" / f"{name}-{_fingerprint(job, split)}"
-        shards = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))]
-        done, started = sum(map(len, shards)), time.monotonic()
+        whole = takewhile(lambda shard: shard is not None, map(read_array, sorted(folder.glob("*.npy"))))
+        done, started = sum(map(len, whole)), time.monotonic()
         first = done
         if done:
             log.info("%s: features of %d of %d images are there", name, done, len(split))
         while done < len(split):
             for block in _blocks(network, split, done, job):
-                with paths.atomic(folder / f"{done:09d}.npy") as temporary, open(temporary, "wb") as file:
-                    np.save(file, block)
+                write_array(folder / f"{done:09d}.npy", block)
                 done += len(block)
                 rate = (done - first) / (time.monotonic() - started)
                 log.info(
@@ -371,7 +372,7 @@ def kept_features(job: backbones.Job) -> dict[str, Tensor]:
                 )  # fmt: skip
         values = np.empty((len(split), network.num_features), np.float32)
         for path in sorted(folder.glob("*.npy")):
-            block = np.load(path)
+            block = read_array(path)
             values[int(path.stem) : int(path.stem) + len(block)] = block
         features[name] = torch.from_numpy(values)
     return features

@@ -290,10 +290,29 @@ def save_table(table: pd.DataFrame, out: Path) -> None:
 
 
 def load_table(file: Path) -> pd.DataFrame:
-    """A table as `save_table` wrote it: cells without a text are "", cells without a number NaN."""
-    texts = [name for name in COLUMNS if name not in (*NUMBERS, "n")]
+    """A table as `save_table` wrote it: cells without a text are "", cells without a number NaN.
+
+    Raises InputError for any other file.
+    """
+    types = dict.fromkeys(COLUMNS, str) | dict.fromkeys((*NUMBERS, "n"), float)
     empty = {name: [""] for name in (*NUMBERS, "n")}
-    return pd.read_csv(file, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=empty)
+    try:
+        table = pd.read_csv(file, dtype=types, keep_default_na=False, na_values=empty)
+        accuracies = table.loc[table["group"] != "count", ["published", "reproduced", "ci_low", "ci_high"]]
+        fits = (
+            tuple(table.columns) == COLUMNS
+            and set(table["table"]) == {file.stem}
+            and set(table["rule"]) <= set(RULES)
+            and not table.duplicated(["row", "group", "rule"]).any()
+            and file.read_bytes().endswith(b"\n")
+            and all(set(of) in ({"count"}, set(GROUPS)) for _, of in table.groupby(["row", "rule"])["group"])
+            and not ((accuracies < 0) | (accuracies > 100)).any(axis=None)
+        )
+    except (ValueError, KeyError):  # what pandas raises for other files
+        fits = False
+    if not fits:
+        raise InputError(f"{file} is damaged or no table of this repository: make it again")
+    return table.astype({"n": "Int64"})
 
 
 def wide(table: pd.DataFrame, column: str = "reproduced", rule: str = "paper") -> pd.DataFrame:

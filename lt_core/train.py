@@ -47,6 +47,9 @@ PATIENCE = timedelta(hours=1)  # of processes that wait for the first one to wri
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 log = logging.getLogger(__name__)
 
+# A forked child has not the threads that its parent computed with and would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 # ---------------------------------------------------------------- where it runs
 
@@ -261,20 +264,23 @@ def resume(path: Path, state: dict[str, Any], model: Model, optimiser: torch.opt
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[threading.Event]:
-    """SIGTERM (a scheduler preempts the job) sets the event, and interrupts at the end of the block.
+    """SIGTERM (a scheduler preempts the job) sets the event, and takes effect at the end of the block.
 
-    Of several processes the first ends at the next step, with a checkpoint; the others go on until then, for
-    it needs them to finish its step.
+    Then it reaches whoever had asked for it, else it interrupts. Of several processes the first ends at the
+    next step, with a checkpoint; the others go on until then, for it needs them to finish its step.
     """
-    noted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    noted, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()  # signals reach the main thread alone
+    if not main or before is signal.SIG_IGN:
         yield noted
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    signal.signal(signal.SIGTERM, lambda *_: noted.set())
     try:
         yield noted
     finally:
         signal.signal(signal.SIGTERM, before)
+        if noted.is_set() and callable(before):
+            before(signal.SIGTERM, None)
     if noted.is_set():
         raise KeyboardInterrupt
 

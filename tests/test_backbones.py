@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from lt_core import backbones, cli, paths
+from lt_core import backbones, cli, paths, results
 from lt_core.backbones import cache_folder, ensure, load, load_seeds, seeds_shown
 from lt_core.cache import META, TENSORS, load_cache, own_classifier
 from lt_core.checks import CacheError, ProfileError, TrainingError
 from lt_core.classifiers import predict
 from lt_core.data.datasets import load_dataset
-from lt_core.data.profiles import Recipe, load_profile
+from lt_core.data.profiles import load_profile
 from lt_core.metrics import group_accuracy
 from lt_core.models import build_backbone
 from lt_core.train import extract_features, load_checkpoint, this_machine
@@ -166,6 +166,45 @@ def test_train_goes_where_it_is_told(trained, tmp_path, capsys):
     assert not (tmp_path / "caches").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "backbone", "difference"),
+    [
+        ("recipes.from_scratch.epochs = 1", "sqrt", "recipe.epochs 30 and not 1"),
+        (
+            "recipes.from_scratch.augmentation.flip = true",
+            "sqrt",
+            "recipe.augmentation.flip False and not True",
+        ),
+        ('backbones.sqrt.sampler = "uniform"', "sqrt", "sampler 'square_root' and not 'uniform'"),
+        ('backbones.sqrt.loss = "focal"', "sqrt", "loss 'cross_entropy' and not 'focal'"),
+        ("backbones.lade.loss_options.penalty = 1.0", "lade", "loss_options.penalty 0.5 and not 1.0"),
+        ("recipes.simclr.epochs = 7", "simclr_sqrt", r"pretraining.recipe.epochs \d+ and not 7"),
+        ("backbones.sqrt.feature_dims = 8", "sqrt", "feature_dims 0 and not 8"),
+    ],
+)
+def test_a_cache_that_was_made_otherwise_is_not_used(digits, tmp_path, capsys, change, backbone, difference):
+    (tmp_path / "own.toml").write_text(f'same_as = "digits"\n{change}\n', encoding="utf-8")
+    own = str(tmp_path / "own.toml")
+    with pytest.raises(CacheError, match=f"seed0 was made with .*{difference}.*profile own asks for"):
+        load(own, backbone)
+    assert run("train", own, backbone) == 2  # nor is it "done already"
+    assert capsys.readouterr().err.count("\n") == 1
+    other = "uniform" if backbone == "sqrt" else "sqrt"
+    if "from_scratch" not in change:
+        assert load(own, other).meta["backbone"] == other
+
+
+def test_what_older_caches_may_state_is_listed_with_its_reason_and_needed(monkeypatch):
+    """A line of the profile that no cache needs any more is removed."""
+    assert {name for one in EMBEDDED.older_caches for name in one.backbones} <= set(EMBEDDED.backbones)
+    strict = EMBEDDED.model_copy(update={"older_caches": []})
+    for one in EMBEDDED.older_caches:
+        for name in one.backbones:
+            with pytest.raises(CacheError, match=f"{name}/seed0 was made with"):
+                backbones.is_made(cache_folder("embedded", name, 0), strict, name, 0)
+            assert one.reason in results.provenance([load("embedded", name)])
+
+
 def test_missing_embedded_cache_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "SHIPPED_CACHES", tmp_path / "none")
     with pytest.raises(CacheError, match="python -m lt_core train --profile small --backbone sqrt --seed 0"):
@@ -227,13 +266,7 @@ def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
     assert set(cache.splits) == set(declared.stored_splits)
     assert len(cache.labels("test")) == 10_000
     assert "unknown" not in meta["code_version"] and "changes" not in meta["code_version"]
-    if "train" in cache.splits:
-        counts = torch.bincount(cache.labels("train"), minlength=len(cache.counts))
-        assert torch.equal(counts, cache.counts)
-    assert Recipe(**meta["recipe"]) == EMBEDDED.recipes[declared.recipe]
-    assert (meta["backbone"], meta["seed"], meta["sampler"], meta["loss"], meta["start"]) == (
-        *(backbone, seed, declared.sampler, declared.loss, declared.start),
-    )
+    assert backbones.is_made(cache_folder("embedded", backbone, seed), EMBEDDED, backbone, seed)
     logits = own_classifier(cache)(cache.features("test")).masked_fill(~cache.trained, -torch.inf)
     found = group_accuracy(logits.argmax(1), cache.labels("test"), cache.counts)
     stated = meta["accuracies"]["last"]["test"]["classifier"]

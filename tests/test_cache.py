@@ -18,11 +18,14 @@ from lt_core import cache as cache_module
 from lt_core import paths
 from lt_core.cache import (
     META,
+    OWN_HASH,
+    SUMS,
     TENSORS,
     FeatureCache,
     dequantise,
     kind_of,
     load_cache,
+    meta_digest,
     own_classifier,
     principal_directions,
     quantise,
@@ -30,8 +33,20 @@ from lt_core.cache import (
 )
 from lt_core.checks import CacheError, InputError
 from lt_core.models import build_classifier
+from lt_core.transfer import prototypes
 
 SPLITS = ("train", "val", "test")
+HOSTILE_NAMES = (
+    "<b>",
+    "[a](javascript:x)",
+    "$\\input{x}$",
+    "a\x1b[2J",
+    "a\nb",
+    "=1+1",
+    "`x`",
+    "a | b",
+    "\u202ea",
+)
 
 
 def make_cache(**changes: object) -> FeatureCache:
@@ -39,20 +54,22 @@ def make_cache(**changes: object) -> FeatureCache:
     counts = torch.tensor([8, 6, 4, 2])
     labels = {"train": torch.arange(4).repeat_interleave(counts), "val": torch.arange(8) % 4}
     labels["test"] = torch.arange(12) % 4
+    splits = {name: (torch.randn(len(labels[name]), 8), labels[name]) for name in SPLITS}
     values = {
         "weights": torch.randn(4, 8),
         "scale": 17.5,
         "counts": counts,
-        "prototypes": torch.randn(4, 8),
-        "splits": {name: (torch.randn(len(labels[name]), 8), labels[name]) for name in SPLITS},
+        "prototypes": prototypes(*splits["train"], 4),
+        "splits": splits,
         "meta": {"class_names": ["a", "b", "c", "ü"], "backbone": "sqrt"},
     }
     return FeatureCache(**(values | changes))
 
 
 def rewrite_meta(folder: Path, **changes: object) -> None:
-    meta = json.loads((folder / META).read_text())
-    (folder / META).write_text(json.dumps(meta | changes))
+    """Change entries of a description, as somebody would who writes such files: with its hash."""
+    meta = json.loads((folder / META).read_text()) | changes
+    (folder / META).write_text(json.dumps(meta | {OWN_HASH: meta_digest(meta)}))
 
 
 # ---------------------------------------------------------------- what is kept
@@ -178,6 +195,11 @@ def test_another_cache_s_features_must_fit(tmp_path):
         {"direction": torch.rand(7)},
         {"direction": torch.full((8,), float("nan"))},
         {"meta": {"class_names": ["a"]}},
+        {"meta": {"class_names": ["a", "b", "c", 4]}},
+        *({"meta": {"class_names": ["a", "b", "c", name]}} for name in HOSTILE_NAMES),
+        {"meta": {"class_names": list("abcd"), "wnids": ["n00000001"]}},
+        {"counts": torch.tensor([8, 6, 2, 4])},
+        {"prototypes": make_cache().prototypes.flip(0)},
         {"splits": {}},
         {"splits": {"test": (torch.randn(3, 8), torch.tensor([0, 1, 4]))}},
         {"splits": {"test": (torch.randn(3, 7), torch.tensor([0, 1, 2]))}},
@@ -202,6 +224,38 @@ def test_damage_is_noticed(tmp_path):
     (tmp_path / TENSORS).unlink()
     with pytest.raises(CacheError, match="cannot be read"):
         load_cache(tmp_path)
+
+
+def test_a_description_is_as_it_was_written_or_refused(tmp_path):
+    """Whatever is flipped or cut in it; but for white space, which says nothing."""
+    folder = tmp_path / "caches" / "letters" / "sqrt" / "seed0"
+    save_cache(folder, make_cache())
+    text, whole = (folder / META).read_bytes(), load_cache(folder).meta
+    read = 0
+    for place in range(len(text)):
+        for damaged in (
+            text[:place],
+            text[:place] + bytes([text[place] ^ 1 << place % 7]) + text[place + 1 :],
+        ):
+            (folder / META).write_bytes(damaged)
+            try:
+                assert load_cache(folder).meta == whole
+                read += 1
+            except CacheError as error:
+                assert "\n" not in str(error)
+    assert read < len(text) / 10
+
+    # One that is older than the hash must be listed as it is.
+    meta = {key: value for key, value in whole.items() if key != OWN_HASH}
+    (folder / META).write_text(json.dumps(meta))
+    with pytest.raises(CacheError, match="does not have the hash that it states"):
+        load_cache(folder)
+    line = f"{hashlib.sha256((folder / META).read_bytes()).hexdigest()}  letters/sqrt/seed0/meta.json"
+    (tmp_path / "caches" / SUMS).write_text(f"{line}\n")
+    assert load_cache(folder).meta == meta
+    (folder / META).write_text(json.dumps(meta | {"class_names": list("abcd")}))
+    with pytest.raises(CacheError, match="does not have the hash that it states"):
+        load_cache(folder)
 
 
 def without_prototypes(tensors: dict[str, torch.Tensor]) -> None:

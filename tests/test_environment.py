@@ -142,7 +142,7 @@ Name: tiny
 Version: ${FAKE_VERSION:-1.0}" >"$site/tiny-1.0.dist-info/METADATA"
         touch "$site/tiny-1.0.dist-info/RECORD"
     fi ;;
-*) PYTHONPATH="$site" exec "$REAL_PYTHON" "$@" ;;
+*) PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" exec "$REAL_PYTHON" "$@" ;;
 esac
 """
 
@@ -182,7 +182,7 @@ def test_makes_the_environment_once(checkout: Path) -> None:
     run = shell(checkout, PREPARE, HOME=None, PYTHONPATH="/elsewhere")
     assert run.returncode == 0, run.stderr
     assert f"python: {checkout}/.venv/bin/python" in run.stdout
-    assert f"path: {checkout}:/elsewhere" in run.stdout
+    assert f"path: {checkout}\n" in run.stdout
     assert log(checkout) == ["venv", *INSTALL]
 
     run = shell(checkout, PREPARE, HOME=None)

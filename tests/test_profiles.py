@@ -51,6 +51,19 @@ def test_the_default_backbone_is_the_papers():
         ('recipe = "head_only"', 'recipe = "from_scratch"', "recipe 'head_only' is used by no backbone"),
         ('places_lt = "digits"', "", "must name imagenet_lt and places_lt"),
         ("trains = true", "trains = true\n[", "digits.toml"),
+        ("epochs = 30", "epochs = 100000000000000000000000", "epochs: .*less than or equal to 1000000"),
+        ("epochs = 30", "epochs = 30\ninput_size = 1000000", "input_size: .*less than or equal to 4096"),
+        ("[backbones.uniform]", '[backbones."../../uniform"]', "cannot name a folder"),
+        ('dataset = "letters"', 'dataset = "../letters"', "dataset: .*cannot name a folder"),
+        ('imagenet_lt = "digits"', 'imagenet_lt = "/digits"', "imagenet_lt: .*cannot name a folder"),
+        ("trains = true", "trains = true\naliases = 3", "aliases: .*valid dictionary"),
+        ("trains = true", 'trains = true\nsame_as = "../paper"', "unknown profile '../paper'"),
+        ("trains = true", f"trains = true\nx = {'[' * 10**5}", "digits.toml: "),
+        (
+            'sampler = "uniform"\n\n[backbones.class_aware]',
+            'sampler = "uniform"\nseeds = [18446744073709551616]\n\n[backbones.class_aware]',
+            "less than 4294967296",
+        ),
         (
             'classifier = "causal_norm"',
             'classifier = "causal_norm"\nfeature_dims = 8',
@@ -118,7 +131,7 @@ def test_a_profile_of_ones_own_changes_single_values_of_another(tmp_path):
     [
         ("paper.toml", 'same_as = "paper"', "paper is a profile of this repository, give it another name"),
         ("a.toml", 'same_as = "paper"\naliases.x = "y"', "unknown backbone of alias x 'y': choose one of"),
-        ("b.toml", 'same_as = "nothing"', "b.toml: .*nothing.toml"),
+        ("b.toml", 'same_as = "nothing"', "b.toml: unknown profile 'nothing'"),
     ],
 )
 def test_wrong_profiles_of_ones_own_are_refused(tmp_path, name, content, message):

@@ -111,11 +111,11 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that only write the declared files, for tests of planning; the names of what ran."""
     ran: list[str] = []
 
-    def execute(worker: runner.Worker, task: runner.Task) -> tuple[str, str]:
+    def execute(worker: runner.Worker, task: runner.Task, place: Path) -> tuple[str, str]:
         ran.append(task.notebook.name)
         for name in task.notebook.produces:
-            with paths.atomic(task.out / name) as temporary:
-                temporary.write_text("made")
+            (place / "figures" / task.out.name / name).write_text("made")
+        (task.options.reports / f"{task.notebook.name}.ipynb").write_bytes(task.notebook.path.read_bytes())
         return "", ""
 
     monkeypatch.setattr(runner.Worker, "execute", execute)
@@ -396,10 +396,17 @@ def test_children_see_this_checkout_and_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LT_OUTPUT_ROOT", "mine")
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "JUPYTER_PATH", "IPYTHONDIR"):
+        monkeypatch.setenv(name, "/strangers")
+    monkeypatch.setenv("LT_DATA_ROOT", "pictures")
+    inherited = runner.child_environment(options(), tmp_path, tmp_path / "fits")
+    assert inherited["LT_DATA_ROOT"] == str(tmp_path / "pictures")
+    assert "/strangers" not in inherited.values()
+    assert (inherited["PYTHONSAFEPATH"], inherited["PYTHONNOUSERSITE"]) == ("1", "1")
     environment = runner.child_environment(options(data_root=tmp_path), tmp_path, tmp_path / "fits")
     assert environment["LT_DATA_ROOT"] == str(tmp_path)
     assert environment["LT_OUTPUT_ROOT"] == str(tmp_path / "mine")
-    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(paths.PACKAGE.parent)
+    assert environment["PYTHONPATH"] == str(paths.PACKAGE.parent)
 
 
 def test_a_second_run_waits(place: Path, no_kernel: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,6 +443,7 @@ def test_a_second_run_waits(place: Path, no_kernel: list[str], capsys: pytest.Ca
         ({"only": "02", "assignments": ["shots=6"]}, "unknown parameter 'shots'"),
         ({"jobs": 0}, "--jobs must be at least 1"),
         ({"seed": -1}, "--seed must be 0 or above"),
+        ({"seed": 2**64}, "--seed must be 0 or above, found 18446744073709551616 (and below 2**32)"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
@@ -467,6 +475,70 @@ def test_two_makers_of_a_product_are_refused(place: Path, no_kernel: list[str]) 
     with pytest.raises(InputError, match=r"01_a and 01_a-Copy1 both declare the product T1.csv"):
         runner.run(options())
     assert no_kernel == []
+
+
+def damaged(change: Callable[[dict], object]) -> Callable[[str], str]:
+    def changed(text: str) -> str:
+        content = json.loads(text)
+        change(content)
+        return json.dumps(content)
+
+    return changed
+
+
+DAMAGES: list[Callable[[str], str]] = [
+    lambda text: "",
+    lambda text: text[:-40],
+    lambda text: "[1]",
+    lambda text: "[" * 10**5,
+    lambda text: '{"cells": 3}',
+    damaged(lambda content: content.update(metadata=None)),
+    damaged(lambda content: content.update(metadata=[])),
+    damaged(lambda content: content.update(cells=[1, 2])),
+    damaged(lambda content: content["cells"][1].update(metadata={"tags": None})),
+    damaged(lambda content: content["cells"][1].update(source=3)),
+    damaged(lambda content: content["metadata"].update(lt_core=3)),
+    damaged(lambda content: content["metadata"]["lt_core"].update(produces="T1.csv")),
+    damaged(lambda content: content["metadata"]["lt_core"].update(produces=["../../T1.csv"])),
+    damaged(lambda content: content["metadata"]["lt_core"].update(produces=["/tmp/T1.csv"])),
+    damaged(lambda content: content["metadata"]["lt_core"].update(produces=[None])),
+    damaged(lambda content: content["metadata"]["lt_core"].update(backbones=[{}])),
+]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_a_damaged_notebook_stops_itself_alone(
+    place: Path, no_kernel: list[str], capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    write_notebook(place, "01_good", "1", produces=("T2.csv",))
+    bad = write_notebook(place, "02_bad", "1", produces=("T1.csv",))
+    bad.write_text(DAMAGES[number](bad.read_text()))
+    assert "01_good" in runner.listing("digits") and "02_bad" in runner.dry_run(options())
+    assert runner.run(options()) == 1
+    assert no_kernel == ["01_good"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert line.startswith("FAILED 02_bad: ")
+
+
+def test_a_damaged_record_or_page_means_run_again(place: Path, no_kernel: list[str]) -> None:
+    write_notebook(place, "01_a", "1", produces=("T1.csv",))
+    assert runner.run(options()) == 0
+    reports = paths.reports("digits")
+    whole = {path: path.read_bytes() for path in reports.glob("01_a.*")}
+    record = json.loads(whole[reports / "01_a.json"])
+    for name, content in {
+        "01_a.html": whole[reports / "01_a.html"][:-20],
+        "01_a.ipynb": whole[reports / "01_a.ipynb"].replace(b"Title", b"title"),
+        "01_a.json": json.dumps(record | {"fingerprint": None}).encode(),
+    }.items():
+        for path, as_made in whole.items():
+            path.write_bytes(as_made)
+        assert runner.plan(options())[0].reason == ""
+        (reports / name).write_bytes(content)
+        assert runner.plan(options())[0].reason != ""
+    for broken in ([], {"notebook": "01_a"}, record | {"products": [1]}, record | {"seconds": "long"}):
+        (reports / "01_a.json").write_text(json.dumps(broken))
+        assert runner.plan(options())[0].reason == "never run"
 
 
 def test_a_number_that_fits_two_notebooks_is_refused(place: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages import external_references
@@ -17,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lt_core import paths, site
 from lt_core.runner import Record
-from lt_core.tables import load_table, published
+from lt_core.tables import COLUMNS, NUMBERS, load_table, published, save_table
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 STORY = r"""# Main results
@@ -295,15 +296,28 @@ def test_the_index_has_no_broken_link(index: str) -> None:
     assert [one for one in external_references(index) if "../../figures/digits/" not in one] == []
 
 
-def test_the_summary_is_one_page_with_answers_tables_and_figures(tmp_path: Path) -> None:
+def test_the_summary_is_one_page_with_answers_tables_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is damaged is named in a line and left out."""
     described_png(tmp_path / "F2.png", "accuracy of two <methods>")
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "01_main.md").write_text("Few-shot classes gain **3.1** points.")
     committed = load_table(paths.ROOT / "figures" / "embedded" / "T6.csv")
-    committed.to_csv(tmp_path / "T6.csv", index=False)
+    save_table(committed, tmp_path)
+    (tmp_path / "T1.tex").write_text("a table")
+    (tmp_path / "T1.csv").write_text("damaged")
+    (tmp_path / "F1.png").write_bytes((tmp_path / "F2.png").read_bytes()[:60])
     site.write_summary(
-        tmp_path, [("01_main", "Main <b>", ["T6.csv", "F2.png", "per_class.csv"])], tmp_path / "report.html"
+        tmp_path,
+        [("01_main", "Main <b>", ["T1.csv", "T6.csv", "F1.png", "F2.png", "per_class.csv"])],
+        tmp_path / "report.html",
     )
+    named = capsys.readouterr().out.splitlines()
+    assert [re.search(r"(\w+\.\w+) is left out of the report", line)[1] for line in named] == [
+        "F1.png",
+        "T1.csv",
+    ]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert external_references(page) == []
     (image,) = Elements(page).named("img")
@@ -319,6 +333,74 @@ def test_the_summary_is_one_page_with_answers_tables_and_figures(tmp_path: Path)
 )
 def test_names(stem: str, name: str) -> None:
     assert site.name_of(stem) == name
+
+
+# --- Text is text ----------------------------------------------------------------------------------------
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    "\"'`$\\input{x}$ **b** [a](javascript:alert(1)) \x1b[2J\n=1+1"
+)
+
+
+def is_harmless(page: str) -> bool:
+    """Nothing in a page runs, and the policy that would stop it is there."""
+    elements = Elements(page)
+    return (
+        not elements.named("script")
+        and {"src": "x", "onerror": "alert(1)"} not in elements.named("img")
+        and not [name for _, attributes in elements.all for name in attributes if name.startswith("on")]
+        and not [link for link in elements.named("a") if (link.get("href") or "").startswith("javascript:")]
+        and any("script-src 'none'" in (meta.get("content") or "") for meta in elements.named("meta"))
+        and "\x1b" not in page
+    )
+
+
+def test_hostile_text_reaches_no_page_as_markup(
+    render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Titles, names of files, errors, labels, answers, descriptions of pictures, notes, what was printed."""
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+    for name in ("00_<img src=x onerror=alert(1)>", "02_<script>"):
+        (tmp_path / f"{name}.ipynb").write_text("{}")
+    outputs = [
+        new_output("stream", name="stdout", text=HOSTILE),
+        new_output("error", ename=HOSTILE, evalue=HOSTILE, traceback=[HOSTILE]),
+        display("text/plain", HOSTILE),
+        display("image/png", PNG, alt=HOSTILE),
+    ]
+    page = render(new_code_cell(f"# {HOSTILE}", outputs=outputs), error=HOSTILE, cell=HOSTILE)
+    assert is_harmless(page)
+
+    out, reports = paths.figures("digits"), paths.reports("digits")
+    (out / "answers").mkdir(parents=True)
+    described_png(out / "F1.png", HOSTILE)
+    (out / "answers" / "99_claims.md").write_text(HOSTILE)
+    row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(NUMBERS, 1.0)
+    row |= {
+        "table": "T1",
+        "row": HOSTILE,
+        "note": HOSTILE,
+        "group": "total",
+        "rule": "paper",
+        "n": 1,
+        "seeds": "0",
+    }
+    save_table(pd.DataFrame([row]), out)
+    record = Record("99_claims", HOSTILE, "failed", products={"F1.png": "x"}, error=HOSTILE, cell=HOSTILE)
+    profile = SimpleNamespace(name=HOSTILE, description=HOSTILE)
+    monkeypatch.setattr(site.paths, "figures", lambda name: out)
+    site.write_index(profile, reports, [record], {}, 1.0)
+    site.write_summary(out, [("99_claims", HOSTILE, ["F1.png", "T1.csv"])], reports / "report.html")
+    for page in ("index.html", "report.html"):
+        text = (reports / page).read_text(encoding="utf-8")
+        assert is_harmless(text) and "&lt;img src=x" in text
+    assert "\x1b" not in record.what_went_wrong and "\n" not in record.what_went_wrong
+
+
+def test_hostile_text_would_be_found() -> None:
+    assert not is_harmless(f"<meta content=\"script-src 'none'\"><p>{HOSTILE.replace(chr(27), '')}")
+    assert not is_harmless("<p>no policy")
 
 
 # --- The proof -----------------------------------------------------------------------------------------

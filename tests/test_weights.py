@@ -2,10 +2,16 @@
 
 import os
 import re
+import shutil
+from http.client import IncompleteRead
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
+from lt_core.cache import file_digest
 from lt_core.checks import DataError
 from lt_core.data.weights import (
     SEPARIUS_BLOCK,
@@ -144,21 +150,64 @@ def test_missing_and_hostile_files(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_supervised_weights_of_the_data_root(tmp_path, state):
-    (tmp_path / "weights").mkdir()
+@pytest.fixture
+def public(state, tmp_path, monkeypatch):
+    """Where torchvision's weights come from in these tests, by their hash; nothing is at hand yet."""
     head = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
-    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    torch.save(old | head, tmp_path / "weights" / SUPERVISED)
+    torch.save(state | head, tmp_path / "public.pth")
+    url = (tmp_path / f"resnet101-{file_digest(tmp_path / 'public.pth')[:8]}.pth").as_uri()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    known = {"IMAGENET1K_V1": SimpleNamespace(url=url)}
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: known)
+    return tmp_path / "public.pth", Path(url.removeprefix("file://"))
+
+
+def test_supervised_weights_of_the_data_root(tmp_path, state, public):
+    (tmp_path / "weights").mkdir()
+    whole, place = public
+    shutil.copy(whole, tmp_path / "weights" / place.name)
     backbone = build_backbone("resnet101")
     load_supervised_weights(backbone, "resnet101", tmp_path)
     assert torch.equal(backbone.network.layer3[22].conv2.weight, state["layer3.22.conv2.weight"])
+    assert not (tmp_path / "hub").exists()
 
 
-def test_without_network_the_error_names_the_file_and_its_place(tmp_path, monkeypatch):
+def test_weights_that_are_not_those_of_their_hash_are_not_used(tmp_path, public):
+    whole, place = public
+    for folder in ("weights", "hub/checkpoints"):  # of the data root; downloaded before
+        (tmp_path / folder).mkdir(parents=True)
+        torch.save(
+            torch.load(whole, weights_only=True) | {"x": torch.ones(1)}, tmp_path / folder / place.name
+        )
+        with pytest.raises(DataError, match=rf"{folder}.*its sha256 is not .*: delete it"):
+            load_supervised_weights(None, "resnet101", tmp_path)
+        (tmp_path / folder / place.name).unlink()
+
+
+def test_a_download_is_whole_or_not_kept_and_the_next_run_tries_again(tmp_path, public, state):
+    whole, place = public
+    content = whole.read_bytes()
+    for other in (b"<html>Log in to this network</html>", content[:-100], b""):
+        place.write_bytes(other)
+        with pytest.raises(DataError, match="cannot be downloaded .*fetch file://") as error:
+            load_supervised_weights(None, "resnet101", tmp_path)
+        assert "\n" not in str(error.value)
+        assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+    place.write_bytes(content)
+    backbone = build_backbone("resnet101")
+    load_supervised_weights(backbone, "resnet101", tmp_path)
+    assert torch.equal(backbone.network.layer3[22].conv2.weight, state["layer3.22.conv2.weight"])
+    place.unlink()  # it is kept
+    load_supervised_weights(backbone, "resnet101", tmp_path)
+
+
+@pytest.mark.parametrize("problem", [OSError("no route to host"), IncompleteRead(b"")])
+def test_without_network_the_error_names_the_file_and_its_place(tmp_path, monkeypatch, problem):
     def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
+        raise problem
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
         DataError, match=rf"fetch https://download.pytorch.org/.*{SUPERVISED} and put it at .*weights"
     ):

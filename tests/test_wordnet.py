@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,26 @@ def test_it_is_copied_once_into_a_data_folder_of_ours():
     assert {path.name for path in own.iterdir()} <= {"corpora", ".lock"}  # no scratch folder is left
     assert [path.name for path in (own / "corpora").iterdir()] == ["wordnet"]
     assert (own / "corpora" / "wordnet" / "data.noun").stat().st_size > 10_000_000
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "deleted", "emptied"])
+def test_a_damaged_copy_is_made_again(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
+    monkeypatch.setattr(nltk.data, "path", [])
+    wordnet.corpus.__wrapped__()
+    copy = tmp_path / ".cache" / "nltk_data" / "corpora" / "wordnet"
+    whole = {path.name: path.read_bytes() for path in copy.iterdir()}
+    noun = whole["data.noun"]
+    if damage == "deleted":
+        (copy / "lexnames").unlink()
+    elif damage == "emptied":
+        shutil.rmtree(copy)
+        copy.mkdir()
+    else:
+        flipped = noun[: 10**6] + bytes([noun[10**6] ^ 1]) + noun[10**6 + 1 :]
+        (copy / "data.noun").write_bytes(flipped if damage == "flipped" else noun[:-1])
+    wordnet.corpus.__wrapped__()
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == whole
 
 
 def without_package(monkeypatch, tmp_path, *folders):

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lt_core import paths
-from lt_core.checks import DataError, InputError, first_line, unknown
+from lt_core.checks import DataError, InputError, check_label, first_line, is_below, unknown
 from lt_core.data import official
 from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import OwnImages, load_profile
@@ -122,7 +122,7 @@ def read_list(path: Path) -> list[Record]:
         name, _, label = line.strip().rpartition(" ")
         if not name or "\0" in name or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{path}, line {number}: expected `path label`, found {line[:80]!r}")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if not is_below(name):
             raise DataError(f"{path}, line {number}: {name!r} points out of the data set")
         records.append((str(PurePosixPath(name)), int(label)))
     if not records:
@@ -244,8 +244,8 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
     key = hashlib.sha256(json.dumps([names, size, source.stamp(names)]).encode()).hexdigest()[:16]
     path = paths.decoded() / "decoded" / f"{label}-{size}px-{key}.npy"
     shape = (len(names), size, size, 3)
-    images = _read_array(path, shape)
-    if images is None:
+    images = read_array(path)
+    if images is None or images.shape != shape:
         images = np.empty(shape, dtype=np.uint8)
         rows = defaultdict(list)
         for row, name in enumerate(names):
@@ -258,20 +258,22 @@ def decode_split(source: ImageSource, records: list[Record], size: int, label: s
         # This thread reads, file by file in the order of an archive; the others decode.
         with ThreadPoolExecutor() as pool:
             list(pool.map(fill, source.contents(rows)))
-        with paths.atomic(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, images)
+        write_array(path, images)
     labels = torch.tensor([label for _, label in records])
     return Split(torch.from_numpy(images), labels)
 
 
-def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The cached array, or None when it is missing, cut short or of another shape (it is then made again)."""
-    try:
-        # Mapped first: a header that claims more than the file holds claims no memory.
-        images = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError):
-        return None
-    return np.array(images) if images.shape == shape and images.dtype == np.uint8 else None
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Keep an array that can be made again."""
+    content = io.BytesIO()
+    np.save(content, array)
+    paths.write_sealed(path, content.getvalue())
+
+
+def read_array(path: Path) -> np.ndarray | None:
+    """The kept array, or None when it is missing or damaged (it is then made again)."""
+    content = paths.read_sealed(path)
+    return None if content is None else np.load(io.BytesIO(content), allow_pickle=False)
 
 
 # ---------------------------------------------------------------- the data sets
@@ -295,6 +297,8 @@ def check_listing(listing: Listing) -> None:
     All missing files are named in `.cache/missing-<data set>.txt`.
     """
     classes = listing.class_names
+    for name in classes:
+        check_label(f"{listing.name}: the name of a class", name)
     for split, records in listing.lists.items():
         labels = {label for _, label in records}
         where = f"{listing.name}: the {split} list"

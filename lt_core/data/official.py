@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lt_core.checks import DataError
+from lt_core.checks import DataError, is_below
 
 COUNTS = Path(__file__).with_name("official_counts.json")  # training images of each class, by label
 # The code of the paper's reference for its recipe (Kang et al.), which ships both sets of lists.
@@ -211,4 +211,7 @@ def located(name: str, images: list[Image], tree: ImageTree) -> list[str]:
 
 def _place(pattern: str, image: Image) -> str:
     name = image.class_name
-    return pattern.format(name=name, file=image.file, letter=name[:1], nested=name.replace("-", "/"))
+    place = pattern.format(name=name, file=image.file, letter=name[:1], nested=name.replace("-", "/"))
+    if not is_below(place):
+        raise DataError(f"{place!r} points out of the data set")
+    return place

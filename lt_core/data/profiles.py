@@ -10,14 +10,14 @@ unknown, mistyped or unused keys are errors.
 from __future__ import annotations
 
 import tomllib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lt_core import paths
-from lt_core.checks import ProfileError, unknown
+from lt_core.checks import ProfileError, check_name, unknown
 
 FOLDER = paths.PACKAGE / "profiles"
 STARTS = ("scratch", "imagenet", "simclr_imagenet")  # random or public weights; else a pretraining of ours,
@@ -32,7 +32,8 @@ LOSS_OPTIONS = {
 
 Role = Literal["imagenet_lt", "places_lt"]
 SplitName = Literal["train", "val", "test"]
-Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, AfterValidator(partial(check_name, "the name"))]  # part of a path
+Count = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -57,15 +58,15 @@ class Augmentation(_Typed):
 class Recipe(_Typed):
     """One way of training: SGD with momentum, cosine decay to 0 (paper, App. A)."""
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=2)]  # images, over all processes
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
+    batch_size: Annotated[int, Field(ge=2, le=10**6)]  # images, over all processes
     learning_rate: Annotated[float, Field(ge=0)]  # of the backbone at the start; 0 freezes it
     classifier_learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     momentum: BelowOne = 0.9
     nesterov: bool = False
     warmup_epochs: Count = 0
-    input_size: Count = 0  # pixels, by bicubic resampling; 0: as stored
+    input_size: Annotated[int, Field(ge=0, le=4096)] = 0  # pixels, by bicubic resampling; 0: as stored
     augmentation: Augmentation = Augmentation()
 
     @property
@@ -76,7 +77,7 @@ class Recipe(_Typed):
 class Pretraining(_Typed):
     """A network trained on another data set first; its weights start a backbone."""
 
-    dataset: str
+    dataset: Name
     network: str
     recipe: str
     objective: Literal["supervised", "simclr"] = "supervised"
@@ -123,24 +124,36 @@ class OwnImages(_Typed):
         return self
 
 
+class OlderCache(_Typed):
+    """Caches whose `meta.json` does not state what the profile asks for, and which are used all the same."""
+
+    backbones: list[str]
+    states: dict[str, str] = {}  # entry -> what they state in place of what the profile asks for
+    lacks: list[str] = []  # entries that they do not have
+    reason: str
+
+
 class Profile(_Typed):
     """Everything that differs between embedded, digits, small and paper."""
 
-    name: str
+    name: Name
     description: str
     trains: bool  # False: the caches come with the repository
-    datasets: dict[Role, str]
-    images: dict[str, OwnImages] = {}  # data sets of one's own, by name
+    datasets: dict[Role, Name]
+    images: dict[Name, OwnImages] = {}  # data sets of one's own, by name
     recipes: dict[str, Recipe]
-    pretraining: dict[str, Pretraining] = {}
-    backbones: dict[str, Backbone]
-    aliases: dict[str, str] = {}  # a second name -> the backbone that it is, trained once
+    pretraining: dict[Name, Pretraining] = {}
+    backbones: dict[Name, Backbone]
+    aliases: dict[Name, str] = {}  # a second name -> the backbone that it is, trained once
+    older_caches: list[OlderCache] = []
 
     @model_validator(mode="before")
     @classmethod
     def _aliases_are_backbones(cls, content: dict[str, Any]) -> dict[str, Any]:
         """Every alias as a backbone, so that whatever asks for its name finds it."""
         backbones, aliases = content.get("backbones", {}), content.get("aliases", {})
+        if not isinstance(backbones, dict) or not isinstance(aliases, dict):
+            return content  # refused as what it is
         for alias, backbone in aliases.items():
             if backbone not in backbones or backbone in aliases:
                 raise ValueError(unknown(f"backbone of alias {alias}", backbone, list(backbones)))
@@ -209,13 +222,15 @@ def read_profile(path: Path) -> Profile:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         if base := content.pop("same_as", None):
+            if base not in profile_names():
+                raise ValueError(unknown("profile", base, profile_names()))
             content = _merged(tomllib.loads((FOLDER / f"{base}.toml").read_text(encoding="utf-8")), content)
         return Profile(name=path.stem, **content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "profile"
         raise ProfileError(f"{path.name}: {place}: {first['msg']}") from None
-    except (ValueError, OSError, TypeError) as error:  # not TOML or not text; unreadable; a key given twice
+    except (ValueError, OSError, TypeError, RecursionError) as error:  # not TOML, not text; unreadable; deep
         raise ProfileError(f"{path.name}: {error}") from None
 
 

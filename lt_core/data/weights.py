@@ -19,6 +19,7 @@ but tensors is unpickled.
 from __future__ import annotations
 
 import re
+from http.client import HTTPException
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lt_core import paths
+from lt_core.cache import file_digest
 from lt_core.checks import DataError, InputError, first_line
 from lt_core.models import TIMM
 
@@ -56,8 +58,9 @@ SEPARIUS_BLOCK = {  # its place in a bottleneck -> torchvision's
 def load_supervised_weights(backbone: nn.Module, name: str, data_root: str | Path | None = None) -> None:
     """Fill a backbone with the supervised ImageNet-1k weights of that network, timm's with those of its tag.
 
-    A ResNet's are torchvision's IMAGENET1K_V1, out of `weights/` in the data root or else downloaded.
-    Raises DataError when they are missing or do not fit, InputError for a network without public weights.
+    A ResNet's are torchvision's IMAGENET1K_V1, out of `weights/` in the data root or else downloaded; their
+    name has the beginning of their sha256, which is compared. Raises DataError when they are missing, are
+    other ones or do not fit, InputError for a network without public weights.
     """
     if name.startswith(TIMM):
         load_timm_weights(backbone, name)
@@ -68,20 +71,23 @@ def load_supervised_weights(backbone: nn.Module, name: str, data_root: str | Pat
     from torchvision.models import get_model_weights
 
     url = get_model_weights(name)["IMAGENET1K_V1"].url
-    path = paths.data_root(data_root) / WEIGHTS / url.rpartition("/")[2]
-    if path.is_file():
-        state = read_state(path)
-    else:
+    file = url.rpartition("/")[2]
+    digest = file.rpartition("-")[2].removesuffix(".pth")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    given, kept = paths.data_root(data_root) / WEIGHTS / file, folder / file
+    path = given if given.is_file() else kept
+    if not path.is_file():
         try:
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-        except (OSError, RuntimeError) as error:  # no network; a download with another hash
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(kept), digest, progress=False)  # or leaves nothing there
+        except (OSError, RuntimeError, HTTPException) as error:  # no network; a cut or another answer
             raise DataError(
-                f"the ImageNet weights of {name} are missing and cannot be downloaded ({error}): fetch {url} "
-                f"and put it at {path}"
+                f"the ImageNet weights of {name} are missing and cannot be downloaded ({first_line(error)}): "
+                f"fetch {url} and put it at {given}"
             ) from None
-    fill(backbone.network, state, name, path)
+    if not file_digest(path).startswith(digest):
+        raise DataError(f"{path} is damaged or another file (its sha256 is not {digest}...): delete it")
+    fill(backbone.network, read_state(path), name, path)
 
 
 def load_imagenet_weights(backbone: nn.Module, name: str) -> None:

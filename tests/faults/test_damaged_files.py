@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -17,11 +18,14 @@ import pytest
 import torch
 from test_cache import make_cache
 
+from lt_core import classifiers, paths
 from lt_core.cache import META, TENSORS, load_cache, save_cache
-from lt_core.checks import CacheError, DataError
+from lt_core.checks import CacheError, DataError, InputError
+from lt_core.classifiers import Prediction
 from lt_core.data import datasets
 from lt_core.data.datasets import ImageSource, decode_split, read_list
 from lt_core.estimator import CompositionalTransferClassifier
+from lt_core.tables import load_table
 from lt_core.train import load_checkpoint, save_checkpoint
 
 GIB = 2**30
@@ -60,11 +64,8 @@ def test_every_cut_and_flip_of_a_cache_is_noticed(tmp_path: Path, tried: Callabl
     text = (tmp_path / META).read_bytes()
     for damaged in cut_and_flipped(text, 100):
         (tmp_path / META).write_bytes(damaged)
-        try:  # a flipped letter of a name is still a description, of the same tensors
-            found = load_cache(tmp_path)
-            assert torch.equal(found.weights, whole.weights) and len(found.class_names) == 4
-        except CacheError:
-            pass
+        with contextlib.suppress(CacheError):  # white space may differ
+            assert load_cache(tmp_path).meta == whole.meta
         tried("description of a cache cut or flipped")
 
 
@@ -97,6 +98,47 @@ def test_every_cut_and_flip_of_a_stored_classifier_is_noticed(
         tried("stored classifier cut or flipped")
 
 
+def test_every_cut_and_flip_of_what_can_be_made_again_is_noticed(
+    tmp_path: Path, tried: Callable[..., None]
+) -> None:
+    """Decoded images and kept predictions: what is not as it was written is made again."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    np.save(content, images)
+    paths.write_sealed(tmp_path / "images.npy", content.getvalue())
+    classifiers._write(tmp_path / "p.npz", Prediction(np.arange(40) % 4, {"tau": 1.0}, [], 0.5))
+    reads = {
+        "images.npy": datasets.read_array,
+        "p.npz": lambda path: classifiers._read(path, 4),
+    }
+    for name, read in reads.items():
+        path = tmp_path / name
+        assert read(path) is not None
+        for damaged in cut_and_flipped(path.read_bytes(), 150):
+            path.write_bytes(damaged)
+            assert read(path) is None
+            tried(f"{name}: cut or flipped")
+
+
+def test_a_damaged_table_is_refused_or_has_other_digits_alone(
+    tmp_path: Path, tried: Callable[..., None]
+) -> None:
+    """Within a cell, or at the comma between two texts, nothing tells; a run compares hashes of products."""
+    whole = load_table(paths.ROOT / "figures" / "embedded" / "T6.csv")
+    for damaged in cut_and_flipped((paths.ROOT / "figures" / "embedded" / "T6.csv").read_bytes(), 100):
+        (tmp_path / "T6.csv").write_bytes(damaged)
+        try:
+            found = load_table(tmp_path / "T6.csv")
+            assert (
+                list(found.columns) == list(whole.columns) and found["rule"].isin(["paper", "common"]).all()
+            )
+            same = found.astype(str).fillna("") == whole.astype(str).fillna("")[: len(found)]
+            assert (~same).to_numpy().sum() <= 2 and len(found) in (len(whole), 0)
+        except InputError as error:
+            assert "\n" not in str(error)
+        tried("table cut or flipped")
+
+
 def test_a_cache_under_another_name_is_the_same_cache(tmp_path: Path, tried: Callable[..., None]) -> None:
     save_cache(tmp_path / "seed0", make_cache())
     renamed = (tmp_path / "seed0").rename(tmp_path / "seed 7 ü")
@@ -120,7 +162,7 @@ def test_nothing_pickled_runs(tmp_path: Path, tried: Callable[..., None]) -> Non
     with pytest.raises(CacheError):
         CompositionalTransferClassifier.load(tmp_path / "model")
     np.save(tmp_path / "array.npy", np.array([bomb], dtype=object), allow_pickle=True)
-    assert datasets._read_array(tmp_path / "array.npy", (1, 2, 2, 3)) is None
+    assert datasets.read_array(tmp_path / "array.npy") is None
     assert not exploded.exists()
     tried("pickle bomb", 4)
 
@@ -159,9 +201,8 @@ def test_absurd_sizes_allocate_nothing(tmp_path: Path, tried: Callable[..., None
         array, {"descr": "|u1", "fortran_order": False, "shape": (10**7, 64, 64, 3)}
     )
     (tmp_path / "array.npy").write_bytes(array.getvalue() + b"\0" * 100)
-    for shape in ((10**7, 64, 64, 3), (5, 64, 64, 3)):
-        assert datasets._read_array(tmp_path / "array.npy", shape) is None
-        tried("absurd size in a header")
+    assert datasets.read_array(tmp_path / "array.npy") is None
+    tried("absurd size in a header")
     assert peak_gib() - before < 0.5
 
 

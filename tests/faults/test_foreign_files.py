@@ -15,7 +15,7 @@ from lt_core import backbones, paths
 from lt_core.cache import save_cache
 from lt_core.checks import CacheError, DataError
 from lt_core.data.datasets import ImageSource, decode_split, tiny_imagenet_classes, tiny_imagenet_lists
-from lt_core.data.profiles import Recipe
+from lt_core.data.profiles import Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.train import fit, load_checkpoint, save_checkpoint
@@ -31,14 +31,13 @@ def damaged(content: bytes, number: int) -> list[tuple[str, bytes]]:
 def test_a_cache_under_another_name_is_not_taken_for_it(tmp_path, monkeypatch, tried):
     monkeypatch.setattr(paths, "SHIPPED_CACHES", tmp_path)
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "out"))
-    own = {"dataset": "tiny_imagenet_lt", "backbone": "sqrt", "seed": 0}
     one = cache(0)
-    one.meta.update(own)
+    one.meta.update(backbones.made_as(load_profile("embedded"), "sqrt", 0))
     for backbone, seed in (("sqrt", 0), ("uniform", 0), ("sqrt", 1)):
         save_cache(tmp_path / "tiny_imagenet_lt" / backbone / f"seed{seed}", one)
     assert backbones.load("embedded", "sqrt", 0).scale == 16
     for backbone, seed in (("uniform", 0), ("sqrt", 1)):
-        with pytest.raises(CacheError, match="holds the cache of .*'sqrt'.*move it back"):
+        with pytest.raises(CacheError, match="was made with .*(backbone 'sqrt'|seed 0) and not "):
             backbones.load("embedded", backbone, seed)
         tried("renamed: feature cache")
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 def content_of(folder: Path) -> dict[str, object]:
     """What a cache holds, without what differs between two runs by nature."""
     meta = read_meta(folder)
-    return {key: value for key, value in meta.items() if key not in ("seconds", "date")}
+    return {key: value for key, value in meta.items() if key not in ("seconds", "date", "meta_sha256")}
 
 
 def test_training_killed_at_each_of_its_writes(
@@ -89,19 +89,24 @@ FIGURE = """
 import time
 from lt_core import paths
 folder = paths.figures(profile)
-with paths.atomic(folder / "A.csv") as temporary:
-    temporary.write_text("a,b\\n1,2\\n")
+def write():
+    with paths.atomic(folder / "A.csv") as temporary:
+        temporary.write_text("a,b\\n1,VALUE\\n")
+write()
 (paths.output_root() / "drawing").touch()
 time.sleep(SECONDS)
+write()
 """
 
 
-def write_notebook(folder: Path, seconds: float) -> None:
-    """A notebook that writes A.csv and then takes its time."""
+def write_notebook(folder: Path, seconds: float, value: int = 2) -> None:
+    """A notebook that writes A.csv, takes its time and writes it again."""
     cells = [
         nbformat.v4.new_markdown_cell("# A table", id="title"),
         nbformat.v4.new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(FIGURE.replace("SECONDS", str(seconds)), id="table"),
+        nbformat.v4.new_code_cell(
+            FIGURE.replace("SECONDS", str(seconds)).replace("VALUE", str(value)), id="table"
+        ),
     ]
     declared = {"produces": ["A.csv"], "backbones": []}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -131,9 +136,16 @@ def test_reports_killed_at_each_of_their_writes(
     assert (tmp_path / "figures/digits/A.csv").read_text() == "a,b\n1,2\n"
 
 
-@pytest.mark.parametrize("victim", ["kernel", "papermill", "runner"])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        *[(name, signal.SIGKILL) for name in ("kernel", "papermill", "runner", "group", "stopped")],
+        *[("runner", how) for how in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
+    ],
+)
 def test_killed_while_a_notebook_runs(
     victim: str,
+    how: signal.Signals,
     tmp_path: Path,
     command: Callable,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,25 +155,47 @@ def test_killed_while_a_notebook_runs(
     monkeypatch.setenv("FAULTS_NOTEBOOKS", str(tmp_path / "notebooks"))
     environment = os.environ | {"LT_OUTPUT_ROOT": str(tmp_path), "PYTHONPATH": str(paths.ROOT)}
     words = [sys.executable, str(KILLER), "nothing", "half", *RUN]
-    runner = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    runner = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     deadline = time.monotonic() + 300
     while not (tmp_path / "drawing").exists():
         assert time.monotonic() < deadline and runner.poll() is None
         time.sleep(0.1)
     family = psutil.Process(runner.pid).children(recursive=True)
-    names = {"kernel": "ipykernel_launcher", "papermill": "papermill"}
-    named = {name: [p for p in family if word in p.cmdline()] for name, word in names.items()}
-    (runner if victim == "runner" else named[victim][0]).kill()
-    output = runner.communicate(timeout=120)[0].decode()
-    if victim != "runner":
+    names = {"kernel": "ipykernel_launcher", "papermill": "import papermill"}
+    named = {name: [p for p in family if word in " ".join(p.cmdline())] for name, word in names.items()}
+    if victim == "stopped":  # they notice nothing, and live on
+        for process in family:
+            process.suspend()
+    if victim == "group":
+        os.killpg(runner.pid, how)
+    else:
+        (named[victim][0] if victim in named else psutil.Process(runner.pid)).send_signal(how)
+    output = runner.communicate(timeout=120)[0].decode() if victim != "stopped" else runner.wait()
+    if victim in named:
         assert runner.returncode == 1 and "FAILED 01_table" in output and "out of memory?" in output
-    _, alive = psutil.wait_procs(family, timeout=90)
-    assert not alive, "a process outlived the runner"
-    tried(f"{victim} killed while a notebook runs")
+    else:
+        assert runner.returncode == (-how if how == signal.SIGKILL else 130)
+    if victim != "stopped":
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive, "a process outlived the runner"
+    assert not (tmp_path / "figures").exists(), "a run that did not end hands nothing over"
 
-    write_notebook(tmp_path / "notebooks", seconds=0)
+    # Run again, to the end: what is left of the dead run changes nothing of it.
+    (tmp_path / "drawing").unlink()
+    write_notebook(tmp_path / "notebooks", seconds=0, value=3)
     done = command("nothing", "half", *RUN, out=tmp_path, script=KILLER)
     reports = tmp_path / "reports" / "digits"
     assert (done.returncode, Record.load(reports, "01_table").status) == (0, "ok"), done.stdout
+    for process in family if victim == "stopped" else []:
+        process.resume()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert (tmp_path / "figures/digits/A.csv").read_text() == "a,b\n1,3\n"
     assert "time.sleep(0)" in json.dumps(nbformat.read(reports / "01_table.ipynb", 4))
-    assert not list(reports.glob(".*running*"))
+    if victim == "stopped":
+        done = command("nothing", "half", *RUN, out=tmp_path, script=KILLER)
+        assert "01_table: up to date" in done.stdout
+    assert not list(reports.glob(".run-*")), "a run leaves no scratch folder, nor what dead ones left"
+    tried(f"{victim} ended by {how.name} while a notebook runs")
