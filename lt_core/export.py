@@ -25,7 +25,7 @@ from torch.nn.functional import linear, normalize
 
 from lt_core import backbones, classifiers, paths
 from lt_core.baselines import WeightScaling
-from lt_core.cache import FeatureCache, file_digest
+from lt_core.cache import OWN_HASH, FeatureCache, file_digest, meta_digest
 from lt_core.checks import CacheError, InputError, first_line
 from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import load_profile
@@ -162,6 +162,7 @@ def save_model(
         }
         save_file(copies, temporary)
     config["sha256"] = file_digest(folder / TENSORS)
+    config[OWN_HASH] = meta_digest(json.loads(json.dumps(config)))  # as it will be read
     with paths.atomic(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return ExportedModel(backbone, head, config)
@@ -223,8 +224,8 @@ def load_model(folder: str | Path) -> ExportedModel:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config["format_version"] != FORMAT_VERSION:
             raise CacheError(f"{folder} has format version {config['format_version']}, not {FORMAT_VERSION}")
-        if file_digest(folder / TENSORS) != config["sha256"]:
-            raise CacheError(f"{folder / TENSORS} does not have the hash that {CONFIG} states: copy it again")
+        if file_digest(folder / TENSORS) != config["sha256"] or meta_digest(config) != config[OWN_HASH]:
+            raise CacheError(f"{folder} does not have the hashes that {CONFIG} states: copy it again")
         state = load_file(folder / TENSORS)
         head = Rows(*(state[name] for name in ("rows", "scales", "offsets")))
         backbone = None

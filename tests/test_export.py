@@ -98,6 +98,14 @@ def test_a_damaged_model_is_refused(digits, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CacheError, match="does not have the hash"):
         export.load_model(tmp_path)
+    content[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert export.load_model(tmp_path).class_names[3] == "three"
+    config = (tmp_path / "config.json").read_text()
+    for change in (("three", "eight"), ("78.0", "18.0"), ("sha256", "sha257")):
+        (tmp_path / "config.json").write_text(config.replace(*change))
+        with pytest.raises(CacheError):
+            export.load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"format_version": 1}')
     with pytest.raises(CacheError, match="whole exported model"):
         export.load_model(tmp_path)
