@@ -122,8 +122,8 @@ def show_precision(prototypes: Tensor, weights: Tensor, counts: Tensor) -> None:
     print(f"{scores.abs().max():.1e} in a probability")
 
 
-def evidence_cost(images: int, classes: int, dims: int) -> tuple[float, float, float, int]:
-    """Seconds to prepare `image_evidence` and to score 1,000 images, GiB beyond inputs, images kept."""
+def evidence_cost(images: int, classes: int, dims: int) -> tuple[int, int, float, float, float]:
+    """Training images, those the density reads, seconds to prepare `image_evidence` and to score, GiB."""
     generator = torch.Generator().manual_seed(0)
     counts = (1000 * 0.977 ** torch.arange(classes)).clamp(min=5)  # as long a tail as Tiny-ImageNet-LT's
     counts = (counts * images / counts.sum()).ceil().long()
@@ -139,7 +139,7 @@ def evidence_cost(images: int, classes: int, dims: int) -> tuple[float, float, f
     classify = image_evidence(evidence, share=0.4, strength=0.25)
     prepared = time.perf_counter() - started
     scored = seconds(lambda: classify(asked))
-    return prepared, scored, peak_gib() - before, len(evidence.density.kept)
+    return len(labels), len(evidence.density.kept), prepared, scored, peak_gib() - before
 
 
 def show_evidence(classes: int = 200, dims: int = 256) -> float:
@@ -148,7 +148,7 @@ def show_evidence(classes: int = 200, dims: int = 256) -> float:
     print(f"\nimage_evidence, {classes} classes x {dims}\n" + "".join(f"{word:>21}" for word in words))
     for images in TRAINING_IMAGES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            prepared, scored, gib, kept = pool.apply(evidence_cost, (images, classes, dims))
+            images, kept, prepared, scored, gib = pool.apply(evidence_cost, (images, classes, dims))
         print(f"{images:21,}{kept:21,}{prepared:21.1f}{scored:21.2f}{gib:21.2f}")
     return gib
 
