@@ -394,14 +394,15 @@ def digest(file: Path) -> str:
 
 
 def small_picture(file: Path) -> str:
-    """A PNG as a data address: at most SUMMARY_WIDTH pixels wide, in few colours."""
+    """A PNG as a data address: at most SUMMARY_WIDTH pixels wide, in few colours, which WebP packs best."""
     from PIL import Image
 
     content = io.BytesIO()
     with Image.open(file) as image:
         size = min(SUMMARY_WIDTH, image.width), round(image.height * min(1, SUMMARY_WIDTH / image.width))
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64).save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64)
+        small.convert("RGB").save(content, "WEBP", lossless=True)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _line(record: Record, out: Path, reports: Path) -> dict[str, Any]:

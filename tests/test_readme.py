@@ -44,7 +44,7 @@ def test_the_report_is_made_of_the_committed_files(tmp_path):
         (folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, REPORT.parent)
     )
     assert REPORT.stat().st_size <= 2_000_000
-    picture = re.compile(r'src="data:image/png;base64,[^"]+"')
+    picture = re.compile(r'src="data:image/webp;base64,[^"]+"')
     assert len(picture.findall(made)) == made.count("data-source=") > 0
     assert picture.sub("", made) == picture.sub("", committed), "copy reports/embedded/report.html to docs/"
 

@@ -321,7 +321,7 @@ def test_the_summary_is_one_page_with_answers_tables_and_figures(
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert external_references(page) == []
     (image,) = Elements(page).named("img")
-    assert image["src"].startswith("data:image/png;base64,") and image["alt"] == "accuracy of two <methods>"
+    assert image["src"].startswith("data:image/webp;base64,") and image["alt"] == "accuracy of two <methods>"
     assert "Main &lt;b&gt;" in page and "<strong>3.1</strong>" in page
     assert 'id="ref-16"' in page and "data-source=" in page
     assert page.count('class="lt-table"') == 1 and f"{committed['reproduced'].max():.1f}" in page
