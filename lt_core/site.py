@@ -394,14 +394,14 @@ def digest(file: Path) -> str:
 
 
 def small_picture(file: Path) -> str:
-    """A PNG as a data address: at most SUMMARY_WIDTH pixels wide, in few colours, which WebP packs best."""
+    """A PNG as the data address of a WebP, at most SUMMARY_WIDTH pixels wide."""
     from PIL import Image
 
     content = io.BytesIO()
     with Image.open(file) as image:
         size = min(SUMMARY_WIDTH, image.width), round(image.height * min(1, SUMMARY_WIDTH / image.width))
-        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64)
-        small.convert("RGB").save(content, "WEBP", lossless=True)
+        small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small.save(content, "WEBP", quality=85, method=6)
     return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

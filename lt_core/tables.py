@@ -570,7 +570,7 @@ def caption(table: pd.DataFrame, rule: str) -> list[str]:
     if here.empty:
         return text
     sizes = here.drop_duplicates("group").set_index("group")["n"]
-    images = ", ".join(f"{group} {sizes[group]:,}" for group in GROUPS if group in sizes)
+    images = ", ".join(f"{group} {int(sizes[group]):,}" for group in GROUPS if group in sizes)
     seeds = sorted(set(here["seeds"]), key=len, reverse=True)
     some = f", of some rows {' or '.join(seeds[1:])}" if seeds[1:] else ""
     limits = RULES[rule].replace(">=", "≥").replace("<=", "≤")
