@@ -6,7 +6,7 @@ answers at once):
     from lt_core import ensemble_probabilities, group_accuracy, hybrid_classifiers, prototypes
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
@@ -33,6 +33,8 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f"lt_core.{_PUBLIC[name]}"), name)
     if name == "__version__":
+        from importlib import metadata
+
         try:
             return metadata.version("lt_core")
         except metadata.PackageNotFoundError:

@@ -1,12 +1,10 @@
 """`python -m lt_core`."""
 
+import os
 import sys
-from pathlib import Path
 
-if (
-    not sys.flags.safe_path
-):  # `-m` looks for code in the current folder first: this checkout stands in its place
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not sys.flags.safe_path:  # `-m` looks for code in the current folder: this checkout stands in its place
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from lt_core.cli import main
 

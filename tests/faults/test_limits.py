@@ -124,7 +124,6 @@ def test_code_comes_from_the_checkout_and_its_environment_alone(
 
 
 def test_one_clone_never_runs_another(tmp_path: Path, tried: Callable[..., None]) -> None:
-    """Called from within another clone, and `python -m lt_core` of a package that is installed from here."""
     other = tmp_path / "clone"
     shutil.copytree(paths.PACKAGE, other / "lt_core")
     (other / "notebooks").mkdir()
@@ -135,10 +134,16 @@ def test_one_clone_never_runs_another(tmp_path: Path, tried: Callable[..., None]
         [str(paths.ROOT / "run_all.sh"), "--list"], env=environment, cwd=other, capture_output=True, text=True
     )
     assert done.returncode == 0 and "01_main_results" in done.stdout and "stranger" not in done.stdout
-    # `-m` finds the other clone's package, and that one's code alone: torch is the environment's.
+    tried("another clone as current folder")
+
+
+def test_the_module_reads_no_code_of_the_current_folder(tmp_path: Path, tried: Callable[..., None]) -> None:
+    """Also where Python is called without -P, but for a folder that has the package itself."""
+    for name in ("torch", "csv", "random", "numpy", "pathlib", "argparse", "logging"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of a stranger')\n")
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, "-m", "lt_core", "notebooks", "--list"]
-    done = subprocess.run(
-        command, cwd=other, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
-    )
-    assert "code of a stranger" not in done.stdout + done.stderr
-    tried("another clone as current folder", 2)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "01_main_results" in done.stdout, done.stdout + done.stderr
+    tried("module called in a folder of strangers' code")
