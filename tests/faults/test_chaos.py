@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("LT_CHAOS_SECONDS", "60"))
 SEED = int(os.environ.get("LT_CHAOS_SEED", time.time()))
+KINDS = {".npz": "kept prediction", ".npy": "decoded images"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -161,7 +162,7 @@ def test_random_damage_to_every_stored_file(
             assert results(again=path.suffix == ".pt") == expected, f"{path.name} {how}: silent"
         except (LTError, OSError) as error:
             assert str(error) and "\n" not in str(error)
-        tried(f"chaos: {path.name if path.suffix != '.npz' else 'prediction'} damaged")
+        tried(f"chaos: {KINDS.get(path.suffix, path.name)} damaged")
         for other, as_made in stored.items():
             if not other.is_file() or other.read_bytes() != as_made:
                 other.parent.mkdir(parents=True, exist_ok=True)
