@@ -14,9 +14,11 @@ from PIL import Image
 from lt_core import paths
 from lt_core.checks import DataError, InputError
 from lt_core.data.datasets import (
+    FROM_IMAGES,
     ImageSource,
     Listing,
     check_data,
+    check_lists,
     cifar100_lists,
     decode,
     decode_listing,
@@ -317,3 +319,38 @@ def test_cifar_counts_are_laid_on_classes_as_in_the_lists():
 def test_check_data_on_real_images():
     lines = list(check_data("small"))
     assert any("11198 train, 4000 val, 10000 test images of 200 classes are there" in line for line in lines)
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path):
+    (tmp_path / "real").mkdir()
+    for split, number in (("train", 500), ("test", 3)):
+        for name in ("apple", "bee"):
+            folder = tmp_path / "real" / split / name
+            folder.mkdir(parents=True)
+            for image in range(number):
+                (folder / f"{image:03d}.png").touch()
+    (tmp_path / "cifar-100-images").symlink_to(tmp_path / "real")
+    expected = FROM_IMAGES["cifar100_lt"](tmp_path)
+    assert expected.class_names == ("apple", "bee")
+    for left in (
+        "train/.ipynb_checkpoints/a.png",
+        "train/.DS_Store",
+        "test/bee/.DS_Store",
+        "train/bee/notes.txt",
+    ):
+        path = tmp_path / "real" / left
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "real" / "test").rename(tmp_path / "elsewhere")
+    (tmp_path / "real" / "test").symlink_to(tmp_path / "elsewhere")  # a split that is a link
+    found = FROM_IMAGES["cifar100_lt"](tmp_path)
+    assert (found.class_names, found.lists) == (expected.class_names, expected.lists)
+
+
+def test_lists_that_contradict_each_other_are_refused():
+    lists = {"train": [("a.png", 0), ("b.png", 1)], "test": [("c.png", 0)]}
+    check_lists("pets", lists)
+    with pytest.raises(DataError, match="pets: a.png is both a train and a test image"):
+        check_lists("pets", lists | {"test": [("a.png", 0)]})
+    with pytest.raises(DataError, match="pets: a.png has the labels 0 and 1 in the train list"):
+        check_lists("pets", lists | {"train": [("a.png", 0), ("a.png", 1)]})

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lt_core.checks import DataError, InputError, TrainingError
 from lt_core.data import image_files
+from lt_core.data.datasets import decode
 from lt_core.data.image_files import (
     Crops,
     ImageFiles,
@@ -170,3 +171,20 @@ def test_rows_are_selected_as_those_of_a_tensor(files):
 def test_a_crop_without_a_key_changes_nothing(files):
     pixels, jitter = Crops(files, 24)[0, None]
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 24) and jitter.tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_images_of_16_bits_are_scaled_and_not_clipped(tmp_path, form):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(ramp).save(tmp_path / f"a.{form}", form)
+    expected = np.round(ramp[0] / 257)
+    assert np.array_equal(decode((tmp_path / f"a.{form}").read_bytes(), 64)[0, :, 0], expected)
+    pixels = ImageFiles(tmp_path, np.array([f"a.{form}"])).pixels(0, 64)
+    assert pixels[0, 0].min() > 10 and pixels[0, 0].max() < 245  # the central square of the ramp
+
+
+def test_images_of_32_bits_are_refused_by_name(tmp_path):
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "a.tif")
+        with pytest.raises(DataError, match="a.tif .* 32 bits"):
+            ImageFiles(tmp_path, np.array(["a.tif"])).pixels(0, 8)

@@ -31,7 +31,7 @@ from torch import Tensor
 from lt_core import paths
 from lt_core.checks import DataError, InputError, check_label, first_line, is_below, unknown
 from lt_core.data import official
-from lt_core.data.image_files import ImageFiles
+from lt_core.data.image_files import ImageFiles, as_rgb
 from lt_core.data.profiles import OwnImages, load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
@@ -203,12 +203,29 @@ class ImageSource:
 def _files_in(place: Path, folder: str) -> Iterator[tuple[str, tarfile.TarInfo | None]]:
     """Path below the folder of each file of a directory or an archive, and its member of the archive."""
     if place.is_dir():
-        yield from ((path.relative_to(place).as_posix(), None) for path in place.rglob("*") if path.is_file())
+        yield from ((name, None) for name in files_below(place))
         return
     with tarfile.open(place) as archive:
         for member in archive:
-            if member.isfile() and member.name.startswith(f"{folder}/"):
-                yield member.name.removeprefix(f"{folder}/"), member
+            name = member.name.removeprefix(f"{folder}/")
+            if member.isfile() and name != member.name and not any(map(_left_behind, name.split("/"))):
+                yield name, member
+
+
+LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")  # by operating systems, as are names with a dot
+
+
+def _left_behind(name: str) -> bool:
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder; links are followed, what systems and JupyterLab leave is no data."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        above = {here.resolve(), *here.resolve().parents}  # a link to one of them would never end
+        folders[:] = [f for f in folders if not _left_behind(f) and (here / f).resolve() not in above]
+        yield from ((here / f).relative_to(folder).as_posix() for f in files if not _left_behind(f))
 
 
 @contextmanager
@@ -224,7 +241,7 @@ def decode(content: bytes, size: int, name: str = "image") -> np.ndarray:
     """One image as uint8 [size, size, 3]: short side resampled to `size`, centre cut. Raises DataError."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            image = image.convert("RGB")
+            image = as_rgb(image)
             if image.size != (size, size):
                 scale = size / min(image.size)
                 image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
@@ -347,9 +364,9 @@ def _listed(root: Path, prefix: str, names: list[str], make: Callable[[], dict[s
 
 
 def _by_folder(source: ImageSource) -> dict[str, list[str]]:
-    """Paths of the files of each folder, sorted."""
+    """Paths of the images of each folder, sorted."""
     folders = defaultdict(list)
-    for name in sorted(source.names):
+    for name in sorted(name for name in source.names if name.lower().endswith(IMAGES)):
         folders[name.rpartition("/")[0]].append(name)
     return folders
 
@@ -394,7 +411,8 @@ def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Re
 
 def _cifar100_lt(root: Path) -> Listing:
     source = ImageSource(root, "cifar-100-images")
-    classes = sorted({name.split("/")[1] for name in source.names if name.startswith("train/")})
+    folders = (name.split("/") for name in source.names if name.lower().endswith(IMAGES))
+    classes = sorted({parts[1] for parts in folders if parts[0] == "train" and len(parts) == 3})
     lists = _listed(root, "CIFAR100_LT", SPLITS, lambda: cifar100_lists(source, classes))
     return Listing("cifar100_lt", source, lists, tuple(name.replace("_", " ") for name in classes), 32)
 
@@ -422,7 +440,6 @@ def _official(root: Path, name: str, whole: bool = True) -> Listing:
 # ---------------------------------------------------------------- data sets of one's own
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")  # by operating systems, as are names with a dot
 VAL_SHARE, VAL_MOST, VAL_LEAST = 5, 20, 5  # made of a fifth of the images, 20 at most, of classes of 5
 
 
@@ -469,21 +486,8 @@ def held_out(labels: np.ndarray) -> np.ndarray:
 
 
 def image_names(folder: Path) -> list[str]:
-    """Paths of all images below a folder, sorted; links are followed.
-
-    What operating systems and JupyterLab leave in folders is no data, nor are files of other kinds.
-    """
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        here = Path(place)
-        above = {here.resolve(), *here.resolve().parents}  # a link to one of them would never end
-        folders[:] = [f for f in folders if not _left_behind(f) and (here / f).resolve() not in above]
-        found += [here / f for f in files if f.lower().endswith(IMAGES) and not _left_behind(f)]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _left_behind(name: str) -> bool:
-    return name.startswith(".") or name in LEFT_BEHIND
+    """Paths of all images below a folder, sorted; files of other kinds are no data."""
+    return sorted(name for name in files_below(folder) if name.lower().endswith(IMAGES))
 
 
 def _tree_lists(folder: Path) -> tuple[dict[str, list[Record]], list[str]]:
@@ -659,6 +663,7 @@ def check_data(profile: str, data_root: str | Path | None = None, deep: bool = F
             yield f"{name}: built in, nothing to check"
             continue
         listing = listing_of(name, data_root, chosen.images)
+        check_lists(name, listing.lists)
         check_listing(listing)
         sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
         classes = len(listing.class_names)

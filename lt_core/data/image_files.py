@@ -69,6 +69,19 @@ class ImageFiles:
             self.pixels(row, 32)
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind in 8 bits a colour: 16 bits are scaled, where Pillow clips them to white.
+
+    Raises ValueError for pixels of 32 bits, whose range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as Pillow reads grey
+        grey = np.asarray(image).astype(np.float64) / 257  # 65,535 becomes 255
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, of no known range: store it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 class Crops(TorchDataset):
     """Crops of `files` [M]: crops[row, key] gives pixels uint8 [3, S, S] and colour changes [4]."""
 
@@ -88,7 +101,7 @@ class Crops(TorchDataset):
                 top, left, height, width = box
                 corners = (left, top, left + width, top + height)
                 size = (self.size, self.size)
-                cut = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=corners)
+                cut = as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=corners)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{name} in {self.files.folder} is not a readable image: {error}") from None
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
