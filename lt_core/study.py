@@ -34,11 +34,13 @@ from lt_core.checks import DataError, InputError, first_line
 from lt_core.data.augmentation import resize, to_pixels
 from lt_core.data.datasets import (
     BUILT_IN,
+    FROM_ARCHIVE,
     FROM_IMAGES,
     Listing,
     Split,
     check_listing,
     listing_of,
+    load_dataset,
     read_array,
     same_content,
     write_array,
@@ -125,7 +127,7 @@ def study_images(folder: str, network: str, options: Options, lists: dict[str, P
     Returns the exit status of the notebook's run. Raises LTError for bad input, before anything is trained.
     """
     # Data: a known name, or a folder; then what is in it.
-    known = not Path(folder).exists() and folder in {*BUILT_IN, *FROM_IMAGES}
+    known = not Path(folder).exists() and folder in {*BUILT_IN, *FROM_ARCHIVE, *FROM_IMAGES}
     name = folder if known else _plain(Path(folder).resolve().name)
     images: dict[str, OwnImages] = {}
     if not known:
@@ -136,8 +138,9 @@ def study_images(folder: str, network: str, options: Options, lists: dict[str, P
         images = {name: OwnImages(folder=str(place), lists=named)}
     out = _output_folder(options.out, name)
     about, splits = f"a study of {name} with {network}", ["train", "val", "test"]
-    if name in BUILT_IN:
-        num_images = len(BUILT_IN[name]().splits["train"])
+    if name in {*BUILT_IN, *FROM_ARCHIVE}:
+        num_images = len(load_dataset(name, options.data_root).splits["train"])
+        about += MADE_VAL if name in FROM_ARCHIVE else ""
     else:
         listing = listing_of(name, options.data_root, images)
         check_images(listing)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from lt_core import paths
 from lt_core.checks import DataError, InputError, check_label, first_line, is_below, unknown
-from lt_core.data import official
+from lt_core.data import cifar, official
 from lt_core.data.image_files import ImageFiles, as_rgb
 from lt_core.data.profiles import OwnImages, load_profile
 
@@ -609,6 +610,17 @@ def _draw_letter(letter: str, fonts: dict, generator: np.random.RandomState) -> 
     return np.asarray(canvas.resize((8, 8), Image.BOX))
 
 
+def _cifar_lt(root: Path, num_classes: int, imbalance: int) -> Dataset:
+    """The field's CIFAR-10-LT or CIFAR-100-LT; validation images are taken out of the training images."""
+    splits, names = cifar.read_archive(root, num_classes)
+    images, labels = splits["train"]
+    rows = cifar.cut(labels.numpy(), imbalance)
+    taken = held_out(labels.numpy()[rows])
+    parts = {"train": rows[~taken], "val": rows[taken]}
+    made = {split: Split(images[of], labels[of]) for split, of in parts.items()}
+    return Dataset(f"cifar{num_classes}_lt_{imbalance}", names, made | {"test": Split(*splits["test"])})
+
+
 # ---------------------------------------------------------------- data sets by name
 
 
@@ -625,6 +637,11 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "places_lt_part": lambda root: _official(root, "places_lt", whole=False),
 }
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
+FROM_ARCHIVE: dict[str, Callable[[Path], Dataset]] = {
+    f"cifar{classes}_lt_{imbalance}": partial(_cifar_lt, num_classes=classes, imbalance=imbalance)
+    for classes in cifar.FILES
+    for imbalance in cifar.IMBALANCES
+}
 
 
 def listing_of(
@@ -634,7 +651,7 @@ def listing_of(
     if own and name in own:
         return own_listing(name, own[name], data_root)
     if name not in FROM_IMAGES:
-        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_IMAGES, *(own or {})]))
+        raise InputError(unknown("data set", name, [*BUILT_IN, *FROM_ARCHIVE, *FROM_IMAGES, *(own or {})]))
     return FROM_IMAGES[name](paths.data_root(data_root))
 
 
@@ -648,6 +665,8 @@ def load_dataset(
     """
     if name in BUILT_IN:
         return BUILT_IN[name]()
+    if name in FROM_ARCHIVE:
+        return FROM_ARCHIVE[name](paths.data_root(data_root))
     return decode_listing(listing_of(name, data_root, own))
 
 
@@ -661,6 +680,12 @@ def check_data(profile: str, data_root: str | Path | None = None, deep: bool = F
     for name in sorted({*chosen.datasets.values(), *(one.dataset for one in chosen.pretraining.values())}):
         if name in BUILT_IN:
             yield f"{name}: built in, nothing to check"
+            continue
+        if name in FROM_ARCHIVE:
+            sizes = ", ".join(
+                f"{len(one)} {split}" for split, one in load_dataset(name, data_root).splits.items()
+            )
+            yield f"{name}: {sizes} images are there"
             continue
         listing = listing_of(name, data_root, chosen.images)
         check_lists(name, listing.lists)
