@@ -19,6 +19,7 @@ from lt_core.data import datasets
 from lt_core.data.profiles import OwnImages, load_profile
 from lt_core.estimator import CompositionalTransferClassifier
 from lt_core.export import load_model
+from lt_core.models import build_backbone
 
 COUNTS = {"ant": 40, "bee": 12, "cat": 6}
 
@@ -254,6 +255,19 @@ def test_a_study_ends_with_a_cache_and_the_chosen_classifier(tree, tmp_path, wit
     images = datasets.load_dataset("pets", own=load_profile(str(out / "study-pets.toml")).images)
     pixels = torch.cat(list(study_pixels(images.splits["test"], model.config["input_size"])))
     assert torch.equal(model(pixels).argmax(1), torch.from_numpy(predict(cache, model.config["classifier"])))
+
+
+def test_a_study_of_a_network_of_timm_with_a_file_of_weights(tree, tmp_path, without_report):
+    network = build_backbone("timm:vit_tiny_patch16_224")
+    torch.save(network.network.state_dict(), tmp_path / "mine.pth")
+    out = tmp_path / "out"
+    words = ["study", str(tree), "--network", "timm:vit_tiny_patch16_224", "--size", "32", "--out", str(out)]
+    assert cli.main([*words, "--weights", str(tmp_path / "mine.pth")]) == 0
+    model = load_model(out / "model")
+    assert torch.equal(model.backbone.network.norm.weight, network.network.norm.weight)
+    assert (model.config["network"], model.config["input_size"]) == ("timm:vit_tiny_patch16_224", 32)
+    scores = model(model.pixels(tree / "test" / "bee" / "0.png"))
+    assert scores.shape == (1, 3) and model.class_names == ["ant", "bee", "cat"]
 
 
 def study_pixels(split: datasets.Split, size: int):
