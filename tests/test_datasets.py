@@ -13,6 +13,7 @@ from PIL import Image
 
 from lt_core import paths
 from lt_core.checks import DataError, InputError
+from lt_core.data import official
 from lt_core.data.datasets import (
     FROM_IMAGES,
     ImageSource,
@@ -354,3 +355,13 @@ def test_lists_that_contradict_each_other_are_refused():
         check_lists("pets", lists | {"test": [("a.png", 0)]})
     with pytest.raises(DataError, match="pets: a.png has the labels 0 and 1 in the train list"):
         check_lists("pets", lists | {"train": [("a.png", 0), ("a.png", 1)]})
+
+
+def test_official_lists_may_have_somebodys_home_folder_before_their_paths(tmp_path):
+    lines = ["train/airfield/a.jpg 0", "train/zoo/b.jpg 1"]
+    found = []
+    for prefix in ("", "/", "/home/user/places-lt/"):
+        (tmp_path / "list.txt").write_text("".join(f"{prefix}{line}\n" for line in lines))
+        found.append(official.normalised({"train": read_list(tmp_path / "list.txt", "/")}))
+    assert found[0] == found[1] == found[2]
+    assert [image.class_name for image in found[0]["train"]] == ["airfield", "zoo"]

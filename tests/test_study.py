@@ -118,6 +118,17 @@ def test_lists_give_the_same_data_set(tree):
     assert (found.lists, found.class_names) == (listing(tree).lists, ("ant", "bee", "cat"))
 
 
+def test_lists_may_name_files_by_their_whole_path(tree):
+    files = write_lists(tree)
+    for file in files.values():
+        lines = Path(file).read_text().splitlines()
+        Path(file).write_text("".join(f"{tree}/{line}\n" for line in lines))
+    assert listing(tree, **files).lists == listing(tree).lists
+    Path(files["test"]).write_text("/etc/passwd 0\n")
+    with pytest.raises(DataError, match="points out of the data set"):
+        listing(tree, **files)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

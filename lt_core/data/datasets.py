@@ -112,8 +112,11 @@ def long_tail_lists(files: list[list[str]], sorted_counts: np.ndarray, images_pe
     return lists
 
 
-def read_list(path: Path) -> list[Record]:
-    """Records of a `path label` list. Raises DataError naming a line that is none or points upwards."""
+def read_list(path: Path, prefix: str = "") -> list[Record]:
+    """Records of a `path label` list, without a prefix of its paths.
+
+    Raises DataError naming a line that is none or points upwards or elsewhere.
+    """
     records = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -123,6 +126,7 @@ def read_list(path: Path) -> list[Record]:
         name, _, label = line.strip().rpartition(" ")
         if not name or "\0" in name or not label.isdecimal() or len(label) > 9:
             raise DataError(f"{path}, line {number}: expected `path label`, found {line[:80]!r}")
+        name = name.removeprefix(prefix)
         if not is_below(name):
             raise DataError(f"{path}, line {number}: {name!r} points out of the data set")
         records.append((str(PurePosixPath(name)), int(label)))
@@ -423,7 +427,8 @@ def _official(root: Path, name: str, whole: bool = True) -> Listing:
     from lt_core.data.wordnet import synset_of  # takes seconds to import, and no other data set needs it
 
     files = official.list_files(name, root)
-    images = official.normalised({split: read_list(path) for split, path in files.items()})
+    # Lists in circulation have somebody's home folder before their paths; only the layout's part is read.
+    images = official.normalised({split: read_list(path, "/") for split, path in files.items()})
     if whole:
         official.check_official(name, images)
     source = official.ImageTree(root / official.OFFICIAL[name].folder)
@@ -453,7 +458,8 @@ def own_listing(name: str, own: OwnImages, data_root: str | Path | None = None) 
     folder = _below(data_root, own.folder)
     source = official.ImageTree(folder)
     if own.lists:
-        lists = {split: read_list(_below(data_root, file)) for split, file in own.lists.items()}
+        prefix = f"{folder.as_posix()}/"  # lists may name files by their whole path
+        lists = {split: read_list(_below(data_root, file), prefix) for split, file in own.lists.items()}
         classes = _names_of_classes(lists["train"])
     else:
         lists, classes = _tree_lists(folder)
