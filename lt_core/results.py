@@ -54,6 +54,11 @@ DATASETS = {  # as people write them
     "imagenet_lt": "ImageNet-LT",
     "places_lt": "Places-LT",
     "digits": "handwritten digits",
+    **{
+        f"cifar{classes}_lt_{imbalance}": f"CIFAR-{classes}-LT (imbalance {imbalance})"
+        for classes in (10, 100)
+        for imbalance in (10, 50, 100)
+    },
 }
 
 

@@ -560,12 +560,14 @@ def caption(table: pd.DataFrame, rule: str) -> list[str]:
     if _columns(table) == ["count"]:
         classes = f" (here of {here['n'].max()})" if len(here) else ""
         return [f"Number of classes{classes}, printed {ARROW} reproduced."]
-    text = [f"Top-1 accuracy in percent, printed {ARROW} reproduced, with its 95 % interval."]
+    printed = table["published"].notna().any()
+    values = f", printed {ARROW} reproduced," if printed else ""
+    text = [f"Top-1 accuracy in percent{values} with its 95 % interval."]
     if table["against"].any():
         signs = "; ".join(f"{symbol} {meaning}" for symbol, meaning in SIGNS.values())
         text.append(
             f"Below it the effect: the difference in points to {_references(table)}, "
-            f"over the training seeds that both have ({signs})."
+            f"over the training seeds that both have{f' ({signs})' if printed else ''}."
         )
     if here.empty:
         return text
