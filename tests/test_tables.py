@@ -110,6 +110,11 @@ def test_quoted_systems_stand_on_the_first_stage_of_their_authors():
     rows = {row.row: row.subject for row in printed_rows("T1")}
     assert rows["LWS [16]"] == "uniform_dot/lws" and rows["BALMS [25]"] == "uniform_dot/balms"
     assert rows["Disalign* [34]"] == "uniform/disalign" and rows["LADE [14]"] == "lade/own"
+    rows = {row.row.removeprefix("ResNet152 backbone / "): row.subject for row in printed_rows("T3")}
+    assert rows["LWS [16]"] == "imagenet_deep_uniform/lws" and rows["LADE [14]"] == "places_lade/own"
+    assert rows["BALMS [25]"] == "imagenet_deep_uniform/balms"
+    assert rows["Disalign R152 [34]"] == "imagenet_deep_uniform/disalign"
+    assert rows["ResNet101 backbone / Disalign R101 [34]"] == "imagenet_uniform/disalign"
 
 
 @pytest.mark.parametrize("table", ["T1", "T2", "T3", "T4a", "T4b", "T5", "T6", "T7", "T9"])
