@@ -46,7 +46,8 @@ OWN_HASH = "meta_sha256"  # key of meta.json: the hash of all that it states
 SUMS = "SHA256SUMS"  # lists, two folders above a cache, each meta.json that is older than this key
 SPLITS = ("train", "val", "test")
 ROWS = 2**14  # features looked at once: 128 MB of 2048 in float32
-ALIKE = 0.99  # cosine of each prototype with the mean of its features, at least
+ALIKE = 0.99  # cosine of each prototype with the mean of its features, at least ...
+LEAST_NORM = 1e-6  # ... where that mean is longer than this
 
 Split = tuple[Tensor, Tensor]  # features [M, F], labels [M]
 
@@ -282,7 +283,8 @@ def check_cache(cache: FeatureCache) -> None:
         _check_split_labels(split, labels, cache.counts, len(features))
     if "train" in cache.splits:
         found = prototypes(*cache.splits["train"], len(cache.counts)).to(cache.prototypes)
-        if cosine_similarity(found, cache.prototypes, dim=1).min() < ALIKE:
+        pointing = found.norm(dim=1) > LEAST_NORM  # images that cancel out have no direction to compare
+        if (cosine_similarity(found, cache.prototypes, dim=1)[pointing] < ALIKE).any():
             raise InputError("the prototypes are not those of the train features")
 
 

@@ -29,6 +29,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[objec
         (folder / "meta.json").write_text("{}")
 
     monkeypatch.setattr(backbones, "train_backbone", train_backbone)
+    monkeypatch.setattr(backbones, "is_made", lambda folder, *_: (folder / "meta.json").exists())
     monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path))
     return asked
 

@@ -240,7 +240,7 @@ def test_data_root_must_be_named_and_exist(tmp_path, monkeypatch):
         load_dataset("cifar100_lt")
     with pytest.raises(DataError, match="is not a folder"):
         load_dataset("cifar100_lt", tmp_path / "none")
-    with pytest.raises(InputError, match="unknown data set 'mnist': choose one of cifar100_lt, digits"):
+    with pytest.raises(InputError, match="unknown data set 'mnist': choose one of cifar100_lt, cifar"):
         load_dataset("mnist")
 
 

@@ -268,17 +268,22 @@ def caches(draw) -> FeatureCache:
     weights = matrix(classes)
     left_out = torch.tensor(draw(st.lists(st.booleans(), min_size=classes, max_size=classes)))
     weights[left_out & (torch.arange(classes) > 0)] = torch.nan
-    splits = {}
+    splits, centres = {}, matrix(classes)
+    counts = torch.tensor(draw(st.lists(st.integers(1, 10**6), min_size=classes, max_size=classes)))
     for split in draw(st.lists(st.sampled_from(["train", "val", "test"]), min_size=1, unique=True)):
         labels = draw(st.lists(st.integers(0, classes - 1), min_size=1, max_size=6))
-        splits[split] = (matrix(len(labels)), torch.tensor(labels))
-    counts = draw(st.lists(st.integers(1, 10**6), min_size=classes, max_size=classes))
-    names = draw(st.lists(st.text(), min_size=classes, max_size=classes))
+        labels = torch.tensor([*labels, *range(classes)] if split == "train" else labels)
+        splits[split] = (matrix(len(labels)), labels)
+        if split == "train":  # counts and prototypes are those of its images, each of which has a direction
+            splits[split][0][~splits[split][0].any(dim=1)] = 1
+            counts, centres = torch.bincount(labels), prototypes(*splits[split], classes)
+    plain = st.text(st.characters(categories=["L", "N"], include_characters=" ,.;'()/&"))
+    names = draw(st.lists(plain, min_size=classes, max_size=classes))
     return FeatureCache(
         weights=weights,
         scale=draw(st.floats(0.125, 1e3, width=32)),
-        counts=torch.tensor(counts),
-        prototypes=matrix(classes),
+        counts=counts,
+        prototypes=centres,
         bias=matrix(classes)[:, 0] if draw(st.booleans()) else None,
         splits=splits,
         meta={"class_names": names},
