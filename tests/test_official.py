@@ -1,6 +1,7 @@
 """The official lists: counts, both layouts, refusals, and checks of a tree of images."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +62,26 @@ def test_published_counts(name, images, groups):
     assert tuple(int(group.sum()) for group in group_of(np.array(counts)).values()) == groups
 
 
-def test_lists_with_the_official_counts_pass_and_others_are_named():
+def test_lists_with_the_official_counts_pass_and_others_are_named(monkeypatch):
     lists = made_lists("imagenet_lt")
+    with pytest.raises(
+        DataError, match="ImageNet_LT_val.txt is not .*: its counts are right, but its images"
+    ):
+        check_official("imagenet_lt", normalised(lists))
+    without = replace(official.OFFICIAL["imagenet_lt"], sha256={})
+    monkeypatch.setitem(official.OFFICIAL, "imagenet_lt", without)
     check_official("imagenet_lt", normalised(lists))
     with pytest.raises(DataError, match="ImageNet_LT_val.txt is not the official list: it has 19999 images"):
         check_official("imagenet_lt", normalised(lists | {"val": lists["val"][1:]}))
     moved = [(lists["train"][0][0], 1), *lists["train"][1:]]
     with pytest.raises(DataError, match="train.txt is not .*: class 0 has 49 images, in the official one 50"):
         check_official("imagenet_lt", normalised(lists | {"train": moved}))
+    classes = {0: 1, 1: 0}
+    swapped = [(name, classes.get(label, label)) for name, label in lists["test"]]
+    with pytest.raises(
+        DataError, match="test.txt is not .*: class 1 is n00000000 there, n00000001 in the train one"
+    ):
+        check_official("imagenet_lt", normalised(lists | {"test": swapped}))
     with pytest.raises(
         DataError, match="Places_LT_train.txt is not .*: its counts are right, but its images"
     ):
@@ -175,9 +188,33 @@ def test_check_data_on_parts_and_its_refusals(root, tmp_path):
 def test_a_missing_list_is_one_sentence_with_its_source_and_its_place(tmp_path):
     (tmp_path / "ImageNet_LT_train.txt").write_text("train/cat/1.jpg 0\n")
     with pytest.raises(
-        DataError, match=r"no list .*/ImageNet_LT_val.txt: fetch https://\S+/ImageNet_LT_val.txt and put it"
+        DataError,
+        match=r"no list ImageNet_LT_val.txt, ImageNet_LT_test.txt: put there what lies at "
+        r"https://\S+/ImageNet_LT_val.txt https://\S+/ImageNet_LT_test.txt; and .* no list Places_LT_train.txt, Places_LT_val.txt, Places_LT_test.txt",
     ):
-        list(check_data("paper", tmp_path))
+        list(check_data("paper", tmp_path))  # of both data sets at once
+
+
+def test_the_published_train_list_is_known_by_its_blob(tmp_path, monkeypatch):
+    (tmp_path / "ImageNet_LT_train.txt").write_bytes(b"hello\n")
+    blob = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    for name, same in ((blob, True), (blob[::-1], False)):
+        known = replace(official.OFFICIAL["imagenet_lt"], train_blob=name)
+        monkeypatch.setitem(official.OFFICIAL, "imagenet_lt", known)
+        assert official.is_published_train_list("imagenet_lt", tmp_path) == same
+
+
+def test_of_several_processes_the_first_looks_for_the_files(root, tmp_path, monkeypatch):
+    victim = next((root / "imagenet" / "val").rglob("*.JPEG"))
+    victim.rename(victim.with_suffix(".away"))
+    try:
+        monkeypatch.setenv("RANK", "1")
+        assert len(load_dataset("imagenet_lt_part", root).splits["test"]) == 1000
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(DataError, match="of which 1 are missing"):
+            load_dataset("imagenet_lt_part", root)
+    finally:
+        victim.with_suffix(".away").rename(victim)
 
 
 @pytest.mark.skipif(not LISTS.is_dir(), reason="needs the official Places-LT lists under LT_DATA_ROOT")

@@ -33,7 +33,7 @@ from lt_core import paths
 from lt_core.checks import DataError, InputError, check_label, first_line, is_below, unknown
 from lt_core.data import cifar, official
 from lt_core.data.image_files import ImageFiles, as_rgb
-from lt_core.data.profiles import OwnImages, load_profile
+from lt_core.data.profiles import OwnImages, Profile, load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
 SPLITS = ["train", "val", "test"]
@@ -348,7 +348,8 @@ def check_listing(listing: Listing) -> None:
 
 def decode_listing(listing: Listing) -> Dataset:
     """The data set with its images as arrays or files; raises DataError as `check_listing`, `decode` do."""
-    check_listing(listing)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first looks for all: it ends them, too
+        check_listing(listing)
     splits = {}
     for split, records in listing.lists.items():
         if listing.size:
@@ -680,31 +681,43 @@ def check_data(profile: str, data_root: str | Path | None = None, deep: bool = F
     """Lines about each data set that a profile trains on; with `deep`, images are decoded too.
 
     All of them where they are held in memory, of files SAMPLE of each split, evenly spaced. Raises DataError
-    for the first thing that is missing or wrong.
+    for the first thing that is missing or wrong in each data set, when all have been looked at.
     """
-    chosen = load_profile(profile)
+    chosen, problems = load_profile(profile), []
     for name in sorted({*chosen.datasets.values(), *(one.dataset for one in chosen.pretraining.values())}):
-        if name in BUILT_IN:
-            yield f"{name}: built in, nothing to check"
-            continue
-        if name in FROM_ARCHIVE:
-            sizes = ", ".join(
-                f"{len(one)} {split}" for split, one in load_dataset(name, data_root).splits.items()
-            )
-            yield f"{name}: {sizes} images are there"
-            continue
-        listing = listing_of(name, data_root, chosen.images)
-        check_lists(name, listing.lists)
-        check_listing(listing)
-        sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
-        classes = len(listing.class_names)
-        yield f"{name}: {sizes} images of {classes} classes are there, in {listing.source}"
-        if not deep:
-            continue
-        data = decode_listing(listing)
-        if listing.size:
-            yield f"{name}: all of them can be decoded"
-            continue
-        for split in data.splits.values():
-            split.images.check(SAMPLE)
-        yield f"{name}: {SAMPLE} of each split, evenly spaced, can be decoded"
+        try:
+            yield from _check_dataset(name, chosen, data_root, deep)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; and ".join(problems))
+
+
+def _check_dataset(name: str, profile: Profile, data_root: str | Path | None, deep: bool) -> Iterator[str]:
+    if name in BUILT_IN:
+        yield f"{name}: built in, nothing to check"
+        return
+    if name in FROM_ARCHIVE:
+        splits = load_dataset(name, data_root).splits
+        yield f"{name}: {', '.join(f'{len(one)} {split}' for split, one in splits.items())} images are there"
+        return
+    listing = listing_of(name, data_root, profile.images)
+    check_lists(name, listing.lists)
+    check_listing(listing)
+    sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
+    classes = len(listing.class_names)
+    yield f"{name}: {sizes} images of {classes} classes are there, in {listing.source}"
+    if name in official.OFFICIAL and official.OFFICIAL[name].train_blob:
+        same = official.is_published_train_list(name, paths.data_root(data_root))
+        yield f"{name}: the train list {'is' if same else 'is not'} the published file byte for byte" + (
+            "" if same else "; its counts and classes are right"
+        )
+    if not deep:
+        return
+    data = decode_listing(listing)
+    if listing.size:
+        yield f"{name}: all of them can be decoded"
+        return
+    for split in data.splits.values():
+        split.images.check(SAMPLE)
+    yield f"{name}: {SAMPLE} of each split, evenly spaced, can be decoded"

@@ -60,6 +60,7 @@ class Official:
     per_class: dict[str, int]  # validation and test images of each class
     patterns: dict[str, tuple[str, ...]]  # of each origin: places of a file in the known layouts
     sha256: dict[str, str]  # of each list's normalised records, sorted; where it is known
+    train_blob: str = ""  # git's name of the train list as it circulates, where nothing else is known
 
 
 OFFICIAL = {
@@ -68,7 +69,11 @@ OFFICIAL = {
         folder="imagenet",
         per_class={"val": 20, "test": 50},
         patterns={"train": ("train/{name}/{file}",), "val": ("val/{name}/{file}", "val/{file}")},
-        sha256={},  # no copy of the lists to take them from: counts in label order alone
+        sha256={
+            "val": "5da53cbd61c10cd273ba5992beb9f02e5dd669ca1c68956fb7f1e12c16913593",
+            "test": "c6213692e39b00b26d9aa84a1e43ee9940778d069e36a07e00c437bcbb2fafdc",
+        },
+        train_blob="a063f095fcd475db4cf8b0658c4b73955535bbf9",
     ),
     "places_lt": Official(
         prefix="Places_LT",
@@ -95,13 +100,19 @@ OFFICIAL = {
 
 
 def list_files(name: str, root: Path) -> dict[str, Path]:
-    """The lists in the data root; raises DataError for a missing one, naming where to fetch it."""
+    """The lists in the data root; raises DataError for missing ones, naming where to fetch them."""
     prefix = OFFICIAL[name].prefix
     files = {split: root / f"{prefix}_{split}.txt" for split in ("train", "val", "test")}
-    for path in files.values():
-        if not path.is_file():
-            raise DataError(f"there is no list {path}: fetch {SOURCE}/{prefix}/{path.name} and put it there")
+    if missing := [path.name for path in files.values() if not path.is_file()]:
+        addresses = " ".join(f"{SOURCE}/{prefix}/{name}" for name in missing)
+        raise DataError(f"{root} has no list {', '.join(missing)}: put there what lies at {addresses}")
     return files
+
+
+def is_published_train_list(name: str, root: Path) -> bool:
+    """Whether the train list is, byte for byte, the file that circulates under the name that git gave it."""
+    content = (root / f"{OFFICIAL[name].prefix}_train.txt").read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == OFFICIAL[name].train_blob
 
 
 def official_counts(name: str) -> list[int]:
@@ -149,6 +160,7 @@ def class_folders(images: list[Image]) -> list[str]:
 def check_official(name: str, lists: dict[str, list[Image]]) -> None:
     """Raises DataError, naming the first difference, unless the lists are the published ones."""
     official, counts = OFFICIAL[name], official_counts(name)
+    class_of = {image.label: image.class_name for image in lists["train"]}
     for split, images in lists.items():
         expected = counts if split == "train" else [official.per_class[split]] * len(counts)
         found = Counter(image.label for image in images)
@@ -159,6 +171,11 @@ def check_official(name: str, lists: dict[str, list[Image]]) -> None:
             if found[label] != number:
                 raise DataError(
                     f"{where}: class {label} has {found[label]} images, in the official one {number}"
+                )
+        for image in images:
+            if image.class_name != (name_there := class_of[image.label]):
+                raise DataError(
+                    f"{where}: class {image.label} is {image.class_name} there, {name_there} in the train one"
                 )
         if split in official.sha256 and digest(images) != official.sha256[split]:
             raise DataError(f"{where}: its counts are right, but its images are others")
