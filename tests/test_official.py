@@ -190,7 +190,8 @@ def test_a_missing_list_is_one_sentence_with_its_source_and_its_place(tmp_path):
     with pytest.raises(
         DataError,
         match=r"no list ImageNet_LT_val.txt, ImageNet_LT_test.txt: put there what lies at "
-        r"https://\S+/ImageNet_LT_val.txt https://\S+/ImageNet_LT_test.txt; and .* no list Places_LT_train.txt, Places_LT_val.txt, Places_LT_test.txt",
+        r"https://\S+/ImageNet_LT_val.txt https://\S+/ImageNet_LT_test.txt; and .* no list "
+        r"Places_LT_train.txt, Places_LT_val.txt, Places_LT_test.txt",
     ):
         list(check_data("paper", tmp_path))  # of both data sets at once
 
