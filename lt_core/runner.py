@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -197,13 +197,17 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     return parsed
 
 
-def check_assignments(notebooks: list[Notebook], assignments: dict[str, str]) -> None:
-    """Raises InputError, listing the known ones, for a name that no selected notebook has."""
+def check_assignments(
+    notebooks: list[Notebook], assignments: dict[str, str], backbones: Iterable[str]
+) -> None:
+    """Raises InputError, listing the known ones, for a name that no selected notebook has, or a backbone."""
     known = {name for notebook in notebooks if not notebook.fault for name in notebook.defaults}
     for name in assignments:
         if name not in known:
             choices = sorted(known - set(RESERVED)) or ["(the selected notebooks have none)"]
             raise InputError(unknown("parameter", name, choices))
+    if (chosen := assignments.get("backbone")) and chosen not in backbones:
+        raise InputError(unknown("backbone", chosen, list(backbones)))
 
 
 def own_parameters(notebook: Notebook, assignments: dict[str, str], seed: int | None) -> dict[str, Any]:
@@ -365,7 +369,7 @@ def plan(options: Options, folder: Path | None = None) -> list[Task]:
     """The selected notebooks with reasons to run, in the order of running; raises LTError for bad options."""
     from lt_core.data.profiles import load_profile
 
-    load_profile(options.profile)
+    backbones = load_profile(options.profile).backbones
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs must be at least 1, found {options.jobs}")
     check_seed(options.seed)
@@ -374,7 +378,7 @@ def plan(options: Options, folder: Path | None = None) -> list[Task]:
     selected = select(find(folder), options.only)
     assignments = parse_assignments(options.assignments)
     if assignments:
-        check_assignments(selected, assignments)
+        check_assignments(selected, assignments, backbones)
     tasks = []
     for notebook in sorted(selected, key=lambda one: not one.first):
         own = own_parameters(notebook, {} if notebook.fault else assignments, options.seed)

@@ -458,6 +458,13 @@ def test_bad_input_is_refused_before_anything_runs(
     assert not (paths.output_root()).exists()
 
 
+def test_an_unknown_backbone_is_refused_before_anything_runs(place: Path, no_kernel: list[str]) -> None:
+    write_notebook(place, "01_a", "1", parameters='profile = "digits"\nseed = None\nbackbone = "sqrt"')
+    with pytest.raises(InputError, match="unknown backbone 'nope': choose one of balanced_softmax"):
+        runner.run(options(assignments=["backbone=nope"]))
+    assert no_kernel == []
+
+
 def test_unknown_profile_lists_the_known(place: Path) -> None:
     write_notebook(place, "01_a", "1")
     with pytest.raises(ProfileError, match=r"'tiny'.*digits.*embedded"):
