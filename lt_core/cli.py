@@ -357,6 +357,10 @@ def main(words: list[str] | None = None) -> int:
         return _report(error, EXIT_BAD_INPUT)
     except (OSError, MemoryError) as error:  # disk full, no permission: the message names the file
         return _report(error, EXIT_FAILED)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        return _report(RuntimeError("no more threads may be started: raise `ulimit -u`"), EXIT_FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
