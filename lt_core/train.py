@@ -419,15 +419,15 @@ def fit(
                 weights = {name: value.clone() for name, value in model.state_dict().items()}
                 best |= {"seed": seed, "epoch": epoch + 1, "model": weights}
 
-            # Save, but not every short epoch, and log.
+            # Log, then save, but not after every short epoch: beside a last checkpoint lies the whole history.
             state["history"] = [*state["history"], entry]
             state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "correct": 0}
-            seconds = state["seconds"] + time.monotonic() - started
-            if epoch + 1 == recipe.epochs or time.monotonic() - started > SAVE_EVERY:
-                save()
             if is_main_process:
+                seconds = state["seconds"] + time.monotonic() - started
                 write_history(run, state["history"])
                 log.info("%s", progress_line(entry, recipe, steps, seconds))
+            if epoch + 1 == recipe.epochs or time.monotonic() - started > SAVE_EVERY:
+                save()
         if machine.world_size > 1:
             dist.barrier()
     return state["history"]

@@ -25,12 +25,12 @@ TRAIN = ("train", "--profile", "digits", "--backbone", "sqrt")
 CACHE = Path("caches/digits/sqrt/seed0")
 # Each at its first write in a process, one process after the other: each finds what the one before left.
 WRITES = (
-    ("last.pt", "opened"),
-    ("last.pt", "half"),
-    ("best.pt", "half"),
-    ("last.pt", "replaced"),
     ("history.jsonl", "written"),
     ("history.jsonl", "replaced"),
+    ("best.pt", "half"),
+    ("last.pt", "opened"),
+    ("last.pt", "half"),
+    ("last.pt", "replaced"),
     ("features.safetensors", "opened"),
     ("features.safetensors", "half"),
     ("features.safetensors", "replaced"),
