@@ -419,7 +419,7 @@ def fit(
                 weights = {name: value.clone() for name, value in model.state_dict().items()}
                 best |= {"seed": seed, "epoch": epoch + 1, "model": weights}
 
-            # Log, then save, but not after every short epoch: beside a last checkpoint lies the whole history.
+            # Log, then save, but not after each short epoch: with a last checkpoint goes the whole history.
             state["history"] = [*state["history"], entry]
             state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "correct": 0}
             if is_main_process:
