@@ -41,6 +41,12 @@ WRITES = (
 pytestmark = pytest.mark.slow
 
 
+def heed_signals() -> None:
+    """Tests that run in the background, or under nohup, pass on that two signals are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def content_of(folder: Path) -> dict[str, object]:
     """What a cache holds, without what differs between two runs by nature."""
     meta = read_meta(folder)
@@ -156,7 +162,12 @@ def test_killed_while_a_notebook_runs(
     environment = os.environ | {"LT_OUTPUT_ROOT": str(tmp_path), "PYTHONPATH": str(paths.ROOT)}
     words = [sys.executable, str(KILLER), "nothing", "half", *RUN]
     runner = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=heed_signals,
     )
     deadline = time.monotonic() + 300
     while not (tmp_path / "drawing").exists():
