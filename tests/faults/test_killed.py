@@ -183,7 +183,11 @@ def test_killed_while_a_notebook_runs(
         os.killpg(runner.pid, how)
     else:
         (named[victim][0] if victim in named else psutil.Process(runner.pid)).send_signal(how)
-    output = runner.communicate(timeout=120)[0].decode() if victim != "stopped" else runner.wait()
+    if victim == "stopped":  # the suspended ones hold the pipe open
+        runner.wait()
+        runner.stdout.close()
+    else:
+        output = runner.communicate(timeout=120)[0].decode()
     if victim in named:
         assert runner.returncode == 1 and "FAILED 01_table" in output and "out of memory?" in output
     else:
