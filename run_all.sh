@@ -6,7 +6,7 @@
 # Needs     Linux or macOS with Python 3.11 (or conda) and about 7 GB of disk. Two CPU cores and 4 GB of memory
 #           are enough; no GPU, no data set. The network is used once, to install requirements.txt into .venv
 #           (an active environment that satisfies the pins is used instead).
-# Takes     some minutes for the installation, once, and some minutes for the notebooks. A second run with
+# Takes     two minutes or more for the installation, once, and about eight for the notebooks. A second run with
 #           nothing changed takes seconds.
 # Leaves    figures/PROFILE/   tables (CSV, Markdown) and figures (PNG, SVG, and the plotted numbers)
 #           reports/PROFILE/   index.html, one HTML report a notebook, and the executed notebooks
