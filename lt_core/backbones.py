@@ -1,7 +1,7 @@
 """A named backbone of a profile, end to end: data, network, training, extraction, feature cache.
 
 cache = load("embedded", "sqrt")            # what notebooks call
-caches = load_seeds("embedded", "sqrt")     # all seeds that the profile shows
+seeds = seeds_shown("embedded", "sqrt")     # all of the profile, or the one that is asked for
 ensure("digits", "continual", seed=0)       # trains first where that is needed
 """
 
@@ -173,13 +173,6 @@ def seeds_shown(profile: str, backbone: str, seed: int | None = None) -> list[in
         return [seed]
     print(f"{backbone}: there is no seed {seed} here, seed {seeds[0]} is shown")
     return seeds[:1]
-
-
-def load_seeds(
-    profile: str, backbone: str, seed: int | None = None, data_root: str | Path | None = None
-) -> list[FeatureCache]:
-    """The caches of `seeds_shown`."""
-    return [load(profile, backbone, one, data_root) for one in seeds_shown(profile, backbone, seed)]
 
 
 # ---------------------------------------------------------------- training one backbone

@@ -250,7 +250,7 @@ def save_cache(folder: Path, cache: FeatureCache, features_of: str | None = None
     (folder / META).unlink(missing_ok=True)
     with paths.atomic(folder / TENSORS) as temporary:
         _save_tensors(tensors, temporary)
-    meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": file_digest(folder / TENSORS)}
+    meta = cache.meta | {"format_version": FORMAT_VERSION, "sha256": paths.file_digest(folder / TENSORS)}
     if features_of:
         meta[SHARED] = {"of": features_of, "sha256": read_meta(folder.parent / features_of)["sha256"]}
     meta[OWN_HASH] = meta_digest(json.loads(json.dumps(meta)))  # as it will be read
@@ -329,7 +329,7 @@ def load_cache(folder: str | Path) -> FeatureCache:
     meta = read_meta(folder)
     path = folder / TENSORS
     try:
-        if file_digest(path) != meta.get("sha256"):
+        if paths.file_digest(path) != meta.get("sha256"):
             raise CacheError(
                 f"{path} does not have the hash that {META} states: it is damaged, fetch or make it again"
             )
@@ -444,9 +444,3 @@ def _shared_splits(folder: Path, shared: dict[str, Any]) -> Mapping[str, Split]:
     if SHARED in meta or meta["sha256"] != shared["sha256"]:
         raise CacheError(f"{folder} needs the features of {other}, which are not those it was made with")
     return load_cache(other).splits
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

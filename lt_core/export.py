@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from lt_core import backbones, classifiers, paths
-from lt_core.baselines import WeightScaling
-from lt_core.cache import OWN_HASH, FeatureCache, file_digest, meta_digest
+from lt_core.baselines import WeightScaling, adjust
+from lt_core.cache import OWN_HASH, FeatureCache, meta_digest
 from lt_core.checks import CacheError, InputError, first_line
 from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import load_profile
@@ -66,8 +66,7 @@ def rows_of(cache: FeatureCache, name: str, setting: classifiers.Setting) -> Row
         raise InputError(f"{name} of {cache.meta['backbone']} cannot be stored as rows of cosines")
     scales, offsets = torch.full((len(cache.counts),), cache.scale), torch.zeros(len(cache.counts))
     if "logit_adjustment" in name:
-        prior = cache.counts.double() / cache.counts.sum()
-        offsets = -setting["strength"] * prior.log()
+        offsets = adjust(offsets[None], cache.counts, setting["strength"])[0]
     if name in classifiers.ROWS or name.startswith("ensemble+"):
         rows = classifiers.rows(cache, name.partition("+logit")[0])
     elif name == "ensemble_tuned":
@@ -161,7 +160,7 @@ def save_model(
             n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
         }
         save_file(copies, temporary)
-    config["sha256"] = file_digest(folder / TENSORS)
+    config["sha256"] = paths.file_digest(folder / TENSORS)
     config[OWN_HASH] = meta_digest(json.loads(json.dumps(config)))  # as it will be read
     with paths.atomic(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -224,7 +223,7 @@ def load_model(folder: str | Path) -> ExportedModel:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config["format_version"] != FORMAT_VERSION:
             raise CacheError(f"{folder} has format version {config['format_version']}, not {FORMAT_VERSION}")
-        if file_digest(folder / TENSORS) != config["sha256"] or meta_digest(config) != config[OWN_HASH]:
+        if paths.file_digest(folder / TENSORS) != config["sha256"] or meta_digest(config) != config[OWN_HASH]:
             raise CacheError(f"{folder} does not have the hashes that {CONFIG} states: copy it again")
         state = load_file(folder / TENSORS)
         head = Rows(*(state[name] for name in ("rows", "scales", "offsets")))

@@ -104,6 +104,12 @@ def atomic(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 SEAL = hashlib.sha256().digest_size  # bytes
 
 

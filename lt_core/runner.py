@@ -455,7 +455,7 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file; empty where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return paths.file_digest(path) if path.is_file() else ""
 
 
 def installed(package: str) -> str:

@@ -11,7 +11,6 @@ by a note. The index opens with the verdict on the claims, then one line of resu
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import io
 import json
@@ -390,7 +389,7 @@ def _tables(file: Path) -> list[tuple[str, str]]:
 
 def digest(file: Path) -> str:
     """What a picture was made of: equal pages have equal ones, whatever the compression does."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return paths.file_digest(file)[:16]
 
 
 def small_picture(file: Path) -> str:

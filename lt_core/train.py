@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,7 @@ def fit(
             raise TrainingError(f"the loss is {total} in epoch {state['epoch'] + 1}: lower the learning rate")
 
     # Batches and their order are a function of (seed, epoch) alone; one loader makes those of all epochs.
+    @lru_cache(maxsize=2)  # the loader is ahead by an epoch at most
     def batches_of(epoch: int) -> Tensor:
         return epoch_batches(
             sampler, train.labels, recipe.batch_size, seed, epoch, machine.rank, machine.world_size

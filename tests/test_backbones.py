@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lt_core import backbones, cli, paths, results
-from lt_core.backbones import cache_folder, ensure, load, load_seeds, seeds_shown
+from lt_core.backbones import cache_folder, ensure, load, seeds_shown
 from lt_core.cache import META, TENSORS, load_cache, own_classifier
 from lt_core.checks import CacheError, ProfileError, TrainingError
 from lt_core.classifiers import predict
@@ -116,7 +116,9 @@ def test_a_frozen_backbone_keeps_the_weights_of_its_pretraining(digits):
 
 def test_seeds_that_are_shown(digits, capsys):
     """All of the profile, or the one that is asked for, where it is there or can be trained."""
-    assert [cache.meta["seed"] for cache in load_seeds("digits", "sqrt")] == [0]
+    assert [
+        cache.meta["seed"] for cache in (load("digits", "sqrt", s) for s in seeds_shown("digits", "sqrt"))
+    ] == [0]
     assert seeds_shown("digits", "sqrt", 9) == [9]
     assert (
         seeds_shown("embedded", "imagenet_frozen") == EMBEDDED.backbone("imagenet_frozen").seeds == [0, 1, 2]

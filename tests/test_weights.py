@@ -11,7 +11,6 @@ import pytest
 import torch
 import torchvision
 
-from lt_core.cache import file_digest
 from lt_core.checks import DataError
 from lt_core.data.weights import (
     SEPARIUS_BLOCK,
@@ -20,6 +19,7 @@ from lt_core.data.weights import (
     load_supervised_weights,
 )
 from lt_core.models import build_backbone
+from lt_core.paths import file_digest
 
 SUPERVISED = "resnet101-63fe2227.pth"
 

@@ -560,7 +560,7 @@ def same_content(listing: Listing) -> list[tuple[str, str]]:
     for files in (files for files in by_size.values() if len({split for split, _ in files}) > 1):
         first: dict[str, tuple[str, str]] = {}
         for split, path in files:
-            digest = hashlib.sha256((listing.source.path / path).read_bytes()).hexdigest()
+            digest = paths.file_digest(listing.source.path / path)
             other = first.setdefault(digest, (split, path))
             if other[0] != split:
                 pairs.append((other[1], path))

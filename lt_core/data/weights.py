@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lt_core import paths
-from lt_core.cache import file_digest
 from lt_core.checks import DataError, InputError, first_line
 from lt_core.models import TIMM
 
@@ -85,7 +84,7 @@ def load_supervised_weights(backbone: nn.Module, name: str, data_root: str | Pat
                 f"the ImageNet weights of {name} are missing and cannot be downloaded ({first_line(error)}): "
                 f"fetch {url} and put it at {given}"
             ) from None
-    if not file_digest(path).startswith(digest):
+    if not paths.file_digest(path).startswith(digest):
         raise DataError(f"{path} is damaged or another file (its sha256 is not {digest}...): delete it")
     fill(backbone.network, read_state(path), name, path)
 
