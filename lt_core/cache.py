@@ -43,7 +43,6 @@ FORMAT_VERSION = 1
 TENSORS, META = "features.safetensors", "meta.json"
 SHARED = "shared_features"  # key of meta.json: the features lie in the cache of another seed
 OWN_HASH = "meta_sha256"  # key of meta.json: the hash of all that it states
-SUMS = "SHA256SUMS"  # lists, two folders above a cache, each meta.json that is older than this key
 SPLITS = ("train", "val", "test")
 ROWS = 2**14  # features looked at once: 128 MB of 2048 in float32
 ALIKE = 0.99  # cosine of each prototype with the mean of its features, at least ...
@@ -366,8 +365,8 @@ def _is_listed(path: Path, content: bytes) -> bool:
     """Whether the list of older caches (as `sha256sum` writes it) has this very meta.json."""
     folders = path.resolve().parents
     root = folders[min(3, len(folders) - 1)]
-    line = f"{hashlib.sha256(content).hexdigest()}  {path.resolve().relative_to(root).as_posix()}"
-    return (root / SUMS).is_file() and line in (root / SUMS).read_text(encoding="utf-8").splitlines()
+    named = paths.sums_of(root).get(path.resolve().relative_to(root).as_posix())
+    return named == hashlib.sha256(content).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

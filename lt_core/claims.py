@@ -244,6 +244,7 @@ def load_claims(out: Path, numbers: Sequence[int]) -> pd.DataFrame:
     file = out / "claims.csv"
     if not file.is_file():
         return pd.DataFrame(columns=["claim", "section", "statement", "print", "state", "parts", "hold"])
+    paths.check_sum(file)
     parts = pd.read_csv(file, keep_default_na=False)
     return verdicts(parts[parts["claim"].isin(numbers)]).set_index("claim").reset_index()
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lt_core.checks import DataError, check_name
+from lt_core.checks import DataError, InputError, check_name
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
@@ -108,6 +108,29 @@ def file_digest(path: Path) -> str:
     """sha256 of a file, as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SUMS = "SHA256SUMS"  # of the tables of its folder that are read again, as `sha256sum -c` takes it
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """File name -> sha256, as the folder's SHA256SUMS has them."""
+    sums = folder / SUMS
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+
+def add_sum(file: Path) -> None:
+    """Note a file's hash in its folder's SHA256SUMS."""
+    sums = sums_of(file.parent) | {file.name: file_digest(file)}
+    with atomic(file.with_name(SUMS)) as temporary:
+        temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
+
+
+def check_sum(file: Path) -> None:
+    """Raise InputError for a file that is another one than its folder's SHA256SUMS names."""
+    if sums_of(file.parent).get(file.name, (found := file_digest(file))) != found:
+        raise InputError(f"{file} is not the one that {SUMS} names: run its notebook again")
 
 
 SEAL = hashlib.sha256().digest_size  # bytes

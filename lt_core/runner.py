@@ -581,7 +581,9 @@ class Worker:
             made.mkdir(parents=True)
             shown = task.out / VERDICTS
             if reads := bool(notebook.declared.get("claims")) and shown.is_file():  # of another notebook
-                shutil.copyfile(shown, made / VERDICTS)
+                for file in (shown, shown.with_name(paths.SUMS)):
+                    if file.is_file():
+                        shutil.copyfile(file, made / file.name)
             record.error, record.cell = self.execute(task, place)
             if self.processes.stopped:  # interrupted: the record stays at "running"
                 return record
@@ -591,7 +593,8 @@ class Worker:
             if reads:
                 (made / VERDICTS).unlink()
             if not record.error:
-                hand_over(made, task.out)
+                with self.finishing:
+                    hand_over(made, task.out)
             record.products = {name: file_digest(task.out / name) for name in notebook.produces}
         record.seconds = round(time.monotonic() - began, 1)
         record.status = "failed" if record.error else "ok"
@@ -656,10 +659,13 @@ class Worker:
 
 
 def hand_over(made: Path, target: Path) -> None:
-    """Puts all files of a folder in place, each whole."""
-    for file in sorted(path for path in made.rglob("*") if path.is_file()):
+    """Puts all files of a folder in place, each whole; the hashes of its tables join those of the others."""
+    for file in sorted(path for path in made.rglob("*") if path.is_file() and path.name != paths.SUMS):
         with paths.atomic(target / file.relative_to(made)) as temporary:
             shutil.copyfile(file, temporary)
+    for name in paths.sums_of(made):
+        if (made / name).is_file():
+            paths.add_sum(target / name)
 
 
 def papermill() -> None:

@@ -287,6 +287,7 @@ def save_table(table: pd.DataFrame, out: Path) -> None:
     for file, text in texts.items():
         with paths.atomic(out / file) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
+    paths.add_sum(out / f"{name}.csv")
 
 
 def load_table(file: Path) -> pd.DataFrame:
@@ -294,6 +295,7 @@ def load_table(file: Path) -> pd.DataFrame:
 
     Raises InputError for any other file.
     """
+    paths.check_sum(file)
     types = dict.fromkeys(COLUMNS, str) | dict.fromkeys((*NUMBERS, "n"), float)
     empty = {name: [""] for name in (*NUMBERS, "n")}
     try:

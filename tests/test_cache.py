@@ -19,7 +19,6 @@ from lt_core import paths
 from lt_core.cache import (
     META,
     OWN_HASH,
-    SUMS,
     TENSORS,
     FeatureCache,
     dequantise,
@@ -251,7 +250,7 @@ def test_a_description_is_as_it_was_written_or_refused(tmp_path):
     with pytest.raises(CacheError, match="does not have the hash that it states"):
         load_cache(folder)
     line = f"{hashlib.sha256((folder / META).read_bytes()).hexdigest()}  letters/sqrt/seed0/meta.json"
-    (tmp_path / "caches" / SUMS).write_text(f"{line}\n")
+    (tmp_path / "caches" / paths.SUMS).write_text(f"{line}\n")
     assert load_cache(folder).meta == meta
     (folder / META).write_text(json.dumps(meta | {"class_names": list("abcd")}))
     with pytest.raises(CacheError, match="does not have the hash that it states"):

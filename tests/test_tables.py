@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from study import accuracy, made_cache, study  # noqa: F401 (study is a fixture)
 
-from lt_core import tables
+from lt_core import paths, tables
 from lt_core.checks import InputError
 from lt_core.classifiers import predict
 from lt_core.tables import Row, build_table, printed_rows, published, rows_on, save_table, show_table, wide
@@ -135,7 +135,13 @@ def test_an_unknown_table_lists_the_known_ones():
 
 def test_files(table, tmp_path):
     save_table(table, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"T1.csv", "T1.md", "T1.tex", "T1_wide.csv"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "T1.csv",
+        "T1.md",
+        "T1.tex",
+        "T1_wide.csv",
+        paths.SUMS,
+    }
     again = tables.load_table(tmp_path / "T1.csv")
     pd.testing.assert_frame_equal(again, table.reset_index(drop=True), check_dtype=False)
     assert list(again.columns) == list(tables.COLUMNS) and "-0.0" not in (tmp_path / "T1.csv").read_text()
