@@ -115,8 +115,8 @@ forget_half_installed() {
 }
 
 pip_install() {
-    # </dev/null: no question can be asked; PIP_USER: not into the home folder.
-    PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$root/.venv/bin/python" -m pip install "$@" </dev/null ||
+    # </dev/null: no question can be asked; PIP_USER: not into the home folder; PIP_QUIET: errors alone.
+    PIP_USER=0 PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 "$root/.venv/bin/python" -m pip install "$@" </dev/null ||
         fail "the installation failed, pip's message is above: repair that (network? disk?) and run this again;" \
             "it goes on where it stopped"
 }
@@ -132,7 +132,7 @@ make_venv() {
     fi
     forget_half_installed
     if ! satisfies_pins "$root/.venv/bin/python"; then
-        say "installing requirements.txt into .venv (5 to 7 GB with the default torch; some minutes, once)"
+        say "installing requirements.txt into .venv (5 to 7 GB with the default torch; some minutes, once, without a word)"
         pip_install -r "$root/requirements.txt"
     fi
     (cd "$root" && pip_install --no-deps --no-build-isolation -e .) || exit 1
