@@ -26,7 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -502,22 +502,23 @@ def run_tasks(tasks: list[Task], options: Options, account: Path) -> dict[str, R
         environment = child_environment(options, Path(scratch), account)
         worker = Worker(environment, Path(scratch), processes, broken)
         worker.total = len(due)
-        # What runs first runs alone, with all cores; the others side by side share them.
-        for group, beside in (
-            ([t for t in due if t.notebook.first], 1),
-            ([t for t in due if not t.notebook.first], jobs),
-        ):
-            worker.threads = max(1, cores() // beside)
-            with ThreadPoolExecutor(beside) as pool:
-                try:
-                    futures = [pool.submit(worker.run, task) for task in group]
-                    for future in as_completed(futures):
-                        record = future.result()
-                        records[record.notebook] = record
-                except BaseException:
-                    processes.stop()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        worker.threads = max(1, cores() // jobs)
+        # What quotes claims waits for what judges them; the others run beside it.
+        order = sorted(due, key=lambda t: (not t.notebook.first, bool(t.notebook.declared.get("claims"))))
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                futures: list[Future[Record]] = []
+                for task in order:
+                    judges = futures[: sum(one.notebook.first for one in order)]
+                    after = judges if task.notebook.declared.get("claims") else []
+                    futures.append(pool.submit(worker.run, task, after))
+                for future in as_completed(futures):
+                    record = future.result()
+                    records[record.notebook] = record
+            except BaseException:
+                processes.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return records
 
 
@@ -556,8 +557,9 @@ class Worker:
         self.threads, self.done, self.next_start = 1, 0, 0.0
         self.starting, self.finishing = threading.Lock(), threading.Lock()
 
-    def run(self, task: Task) -> Record:
-        """Executes in a folder of its own, hands over, renders, records."""
+    def run(self, task: Task, after: list[Future[Record]]) -> Record:
+        """Executes in a folder of its own, hands over, renders, records; waits for other runs first."""
+        wait(after)
         notebook, reports = task.notebook, task.options.reports
         record = Record(
             notebook=notebook.name,

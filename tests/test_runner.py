@@ -309,6 +309,29 @@ def test_what_is_first_runs_before_its_readers(place: Path, no_kernel: list[str]
     assert no_kernel[2:] == ["99_judges", "00_shows"] or no_kernel[2:] == ["99_judges"]
 
 
+def test_what_quotes_no_claim_does_not_wait_for_the_judge(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, other_ended = [], threading.Event()
+
+    def papermill(worker: runner.Worker, task: runner.Task, output: Path, log: Path) -> int:
+        if task.notebook.first:
+            assert other_ended.wait(60)
+        ended.append(task.notebook.name)
+        if task.notebook.name == "02_alone":
+            other_ended.set()
+        log.write_text("")
+        output.write_text(task.notebook.path.read_text())
+        return 0
+
+    monkeypatch.setattr(runner.Worker, "papermill", papermill)
+    write_notebook(place, "00_shows", "1", claims=[1])
+    write_notebook(place, "02_alone", "1")
+    write_notebook(place, "99_judges", "1", first=True)
+    assert runner.run(options(jobs=2)) == 0
+    assert ended == ["02_alone", "99_judges", "00_shows"]
+
+
 def test_an_old_product_does_not_pass_for_a_new_one(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -388,7 +411,7 @@ def test_notebooks_side_by_side_share_the_cores(place: Path, monkeypatch: pytest
     write_notebook(place, "01_a", "1")
     write_notebook(place, "99_b", "1", first=True)
     assert runner.run(options(jobs=3)) == 0
-    assert threads == {"01_a": 2, "99_b": 8}  # what runs first runs alone
+    assert threads == {"01_a": 2, "99_b": 2}
 
 
 def test_children_see_this_checkout_and_absolute_paths(
