@@ -230,7 +230,7 @@ class MetaSampler(nn.Module):
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Classes [B] by straight-through Gumbel-softmax; weights [B], all 1, carry the draw's gradient."""
-        gumbel = -torch.empty(batch, len(self.v)).exponential_(generator=generator).log()
+        gumbel = -torch.empty(batch, len(self.v)).exponential_(generator=generator).log().to(self.v)
         relaxed = (self.log_rates + gumbel).softmax(1)
         classes = relaxed.argmax(1)
         chosen = relaxed.gather(1, classes[:, None]).flatten()
@@ -245,10 +245,11 @@ def balms(cache: FeatureCache, learning_rate: float, init_power: float = 0.1, se
     sees. `note` of the result says what the sampler learned.
     """
     features, labels = training(cache)
-    head, sampler = new_head(cache, seed), MetaSampler(cache.counts, init_power)
+    head = new_head(cache, seed).to(features.device)
+    sampler = MetaSampler(cache.counts, init_power)
     meta_optimiser = torch.optim.Adam(sampler.parameters(), META_LEARNING_RATE)
     velocity = {name: torch.zeros_like(weight) for name, weight in head.named_parameters()}
-    few = torch.from_numpy(group_of(cache.counts)["few"])
+    few = torch.from_numpy(group_of(cache.counts)["few"]).to(features.device)
     start = sampler.share_of(few)
     log_counts = cache.counts.double().log().float()
     by_class = labels.argsort(stable=True)
@@ -256,7 +257,7 @@ def balms(cache: FeatureCache, learning_rate: float, init_power: float = 0.1, se
     total = len(labels) // batch * EPOCHS
     step = 0
     for epoch in range(EPOCHS):
-        for rows in epoch_batches("class_aware", labels, batch, seed, epoch):
+        for rows in epoch_batches("class_aware", labels, batch, seed, epoch).to(features.device):
             # A copy of the classifier takes the step that the sampler's batch asks for ...
             classes, ones = sampler.draw(batch, generator := step_generator(seed, epoch, step))
             drawn = images_of(classes, by_class, cache.counts, generator)
@@ -297,5 +298,5 @@ def sgd_step(
 def images_of(classes: Tensor, by_class: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
     """A random image [B] of each of the classes [B]; by_class [M]: all images, class after class."""
     first = counts.cumsum(0) - counts
-    place = (torch.rand(len(classes), generator=generator) * counts[classes]).long()
+    place = (torch.rand(len(classes), generator=generator).to(counts.device) * counts[classes]).long()
     return by_class[first[classes] + place]

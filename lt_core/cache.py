@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,14 @@ class FeatureCache:
                 f"only {', '.join(self.splits)}"
             )
         return self.splits[split]
+
+    def to(self, device: torch.device) -> FeatureCache:
+        """The same cache on a device of another kind, with all its splits; itself where it lies there."""
+        if self.weights.device.type == device.type:
+            return self
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        splits = {split: (x.to(device), y.to(device)) for split, (x, y) in self.splits.items()}
+        return replace(self, splits=splits, **tensors)
 
     @property
     def class_names(self) -> list[str]:

@@ -330,8 +330,13 @@ def prototypes_of(cache: FeatureCache, split: str) -> Tensor:
     return prototypes(cache.features(split), cache.labels(split), len(cache.counts))
 
 
+def device() -> torch.device:
+    """Where classifiers are fitted and applied: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _predicted(cache: FeatureCache, question: Question) -> Prediction:
-    started = time.monotonic()
+    started, cache = time.monotonic(), cache.to(device())
     if question.prototypes != "train":
         cache = replace(cache, prototypes=prototypes_of(cache, question.prototypes))
     fitted = fit(cache, question.name)

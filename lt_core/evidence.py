@@ -59,7 +59,7 @@ class Density:
         num_features = x.shape[1]
         means = x.new_zeros(len(counts), num_features, dtype=torch.float64)
         scatter = x.new_zeros(num_features, num_features, dtype=torch.float64)
-        for rows in torch.arange(len(x)).split(BLOCK):
+        for rows in torch.arange(len(x), device=x.device).split(BLOCK):
             block = x[rows].double()
             means.index_add_(0, labels[rows], block)
             scatter += block.T @ block
@@ -71,7 +71,7 @@ class Density:
             raise InputError("train features: the images of a class are all alike, a density needs a spread")
         values = (1 - SHRINKAGE) * values + SHRINKAGE * values.mean()
         self.whitening, self.centre = (vectors * values.rsqrt() @ vectors.T).to(x), means.mean(0).to(x)
-        self.kept = inducing(labels, counts)
+        self.kept = inducing(labels.cpu(), counts.cpu()).to(x.device)
         self.labels, self.images = labels[self.kept], self.whitened(x[self.kept])  # [K], [K, F]
         self.counts = torch.bincount(self.labels, minlength=len(counts))
 
@@ -82,9 +82,9 @@ class Density:
     def leave_one_out(self) -> Tensor:
         """The same [K, N] of the images that are kept, each without itself."""
         found = []
-        for rows in torch.arange(len(self.images)).split(BLOCK):
+        for rows in torch.arange(len(self.images), device=self.images.device).split(BLOCK):
             kernel = self._kernel(self.images[rows])
-            kernel[rows, torch.arange(len(rows))] = 0
+            kernel[rows, rows - rows[0]] = 0
             others = self.counts - one_hot(self.labels[rows], len(self.counts))
             found.append(self._sums(kernel) / others.clamp(min=1))
         return torch.cat(found).clamp(min=LEAST_DENSITY).log()
@@ -130,7 +130,7 @@ class Votes:
         self.per_image = 1 / (len(counts) * counts.double())
         gram = x.new_zeros(WIDTH, WIDTH, dtype=torch.float64)
         means = x.new_zeros(len(counts), WIDTH, dtype=torch.float64)
-        for rows in torch.arange(len(x)).split(BLOCK):
+        for rows in torch.arange(len(x), device=x.device).split(BLOCK):
             hidden, weight = self._hidden(x[rows]), self.per_image[labels[rows], None]
             gram += hidden.T @ (hidden * weight)
             means.index_add_(0, labels[rows], hidden * weight)

@@ -211,7 +211,7 @@ def export_backbone(
         features = backbones.extract_splits(job.model.backbone.to(job.machine.device), job)
         features = {name: values.float() for name, values in features.items()}
         cache = replace(backbones.as_cache(job, features), meta=backbones.provenance(job))
-    setting = classifiers.fit(cache, classifier).setting
+    setting = classifiers.fit(cache.to(classifiers.device()), classifier).setting
     size = job.recipe.input_size or job.model.backbone.input_size
     return save_model(folder, cache, job.model.backbone, job.backbone.network, size, classifier, setting)
 

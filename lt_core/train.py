@@ -526,7 +526,8 @@ def fit_head(
         head.train()
         loss.begin_epoch(epoch / epochs)
         sums = torch.zeros(2, dtype=torch.float64, device=features.device)
-        for step, rows in enumerate(epoch_batches(sampler, labels, batch_size, seed, epoch)):
+        batches = epoch_batches(sampler, labels, batch_size, seed, epoch).to(features.device)
+        for step, rows in enumerate(batches):
             optimiser.param_groups[0]["lr"] = learning_rate * lr_at(epoch * steps + step, steps * epochs)
             logits = head(features[rows])
             value = loss(logits, labels[rows])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from elsewhere import DEVICE, Elsewhere
 from study import COUNTS, made_cache
 from torch import Tensor
 
@@ -31,6 +32,33 @@ def suited(name: str) -> FeatureCache:
         cache = made_cache("sqrt", 0)
         return replace(cache, direction=cache.features("train").mean(0))
     return made_cache("uniform_dot" if name in ("dot_product", "tau_norm") else "sqrt", 0)
+
+
+# ---------------------------------------------------------------- where they run
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_is_made_and_applied_where_the_features_are(name):
+    """With the draws of the CPU; nothing else comes from there."""
+    cache, settings = suited(name), CLASSIFIERS[name].settings
+    setting = settings[len(settings) // 2]
+    expected = build(cache, name, **setting)(cache.features("test"))
+    with Elsewhere():
+        moved = cache.to(DEVICE)
+        assert moved.to(DEVICE) is moved and cache.to(torch.device("cpu")) is cache
+        found = build(moved, name, **setting)(moved.features("test"))
+        assert found.device == DEVICE and torch.equal(found.cpu(), expected)
+        with pytest.raises(RuntimeError, match="on the CPU and elsewhere"):
+            moved.features("test") @ cache.prototypes.T
+
+
+@pytest.mark.parametrize("how", [{}, {"within": "paper"}, {"images": "val"}])
+def test_predictions_are_made_on_the_device_of_this_computer(cache, monkeypatch, how):
+    expected = prediction(cache, "ensemble_tuned", **how)
+    monkeypatch.setattr(classifiers, "device", lambda: DEVICE)
+    with Elsewhere():
+        found = prediction(cache, "ensemble_tuned", **how)
+    assert np.array_equal(found.classes, expected.classes) and found.tried == expected.tried
 
 
 # ---------------------------------------------------------------- what the names mean
