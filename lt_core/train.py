@@ -176,15 +176,18 @@ def training_pixels(
 
 @torch.inference_mode()
 def feature_batches(
-    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine
+    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 1
 ) -> Iterator[Tensor]:
-    """Features [B, F] (float32, on the CPU) of all images in order, without augmentation."""
+    """Features [B, F] (float32, on the CPU) of all images in order, without augmentation.
+
+    times: over again so often, by the same workers; from the second time on the caller sees to `eval`.
+    """
     backbone.eval()
     if isinstance(images, ImageFiles):
-        loader = evaluation_batches(images, input_size, machine)
+        loader = evaluation_batches(images, input_size, machine, times)
     else:
         batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
-        chunks = images.split(batch)
+        chunks = (chunk for _ in range(times) for chunk in images.split(batch))
         loader = (resize(to_pixels(chunk.to(machine.device)), input_size) for chunk in chunks)
     for pixels in loader:
         with machine.autocast():
@@ -200,20 +203,22 @@ def extract_features(
 
 
 @torch.inference_mode()
-def accuracy(model: Model, split: Split, input_size: int, machine: Machine) -> float:
-    """Top-1 accuracy in percent: of the classifier, or without one (SimCLR) of each image's nearest other."""
+def accuracy(model: Model, labels: Tensor, batches: Iterator[Tensor], machine: Machine) -> float:
+    """Top-1 accuracy in percent: of the classifier, or without one (SimCLR) of each image's nearest other.
+
+    labels [M] of this process's images; batches: of `feature_batches`, the next ones are of these images.
+    """
     model.eval()
-    contrastive = isinstance(model.classifier, ContrastiveHead)
-    if machine.world_size > 1 and not contrastive:  # each process its share
-        share = slice(machine.rank, None, machine.world_size)
-        split = Split(split.images[share], split.labels[share])
-    features = extract_features(model.backbone, split.images, input_size, machine).to(machine.device)
-    if contrastive:
+    taken: list[Tensor] = []
+    while sum(map(len, taken)) < len(labels):
+        taken.append(next(batches))
+    features = torch.cat(taken).to(machine.device)
+    if isinstance(model.classifier, ContrastiveHead):
         cosines = normalize(features, dim=1) @ normalize(features, dim=1).T
-        predictions = split.labels[cosines.fill_diagonal_(-1).argmax(1).cpu()]
+        predictions = labels[cosines.fill_diagonal_(-1).argmax(1).cpu()]
     else:
         predictions = model.classifier(features).argmax(1).cpu()
-    seen = torch.tensor([(predictions == split.labels).sum(), len(split)], device=machine.device)
+    seen = torch.tensor([(predictions == labels).sum(), len(labels)], device=machine.device)
     if machine.world_size > 1:
         dist.all_reduce(seen)
     return 100 * (seen[0].double() / seen[1]).item()
@@ -377,6 +382,14 @@ def fit(
     epochs = ((e, first[1] * (e == first[0]), batches_of(e)) for e in range(first[0], recipe.epochs))
     loader = training_pixels(images, epochs, recipe, seed, machine, views)
 
+    # So are those of all validations, of which each process has its share; SimCLR's images need each other.
+    val = data.splits["val"]
+    if machine.world_size > 1 and not contrastive:
+        share = slice(machine.rank, None, machine.world_size)
+        val = Split(val.images[share], val.labels[share])
+    validations = recipe.epochs - state["epoch"]
+    val_features = feature_batches(model.backbone, val.images, recipe.input_size, machine, validations)
+
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
     with sigterm_noted() as preempted:
         while state["epoch"] < recipe.epochs:
@@ -415,7 +428,7 @@ def fit(
                 "train_accuracy": 100 * sums[1].item() / (steps * recipe.batch_size * views),
             }
             check_finite(entry["loss"])
-            entry["val_accuracy"] = accuracy(model, data.splits["val"], recipe.input_size, machine)
+            entry["val_accuracy"] = accuracy(model, val.labels, val_features, machine)
             highest = max((past["val_accuracy"] for past in state["history"]), default=-1.0)
             if is_main_process and entry["val_accuracy"] > highest:
                 weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -9,15 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lt_core import paths, train
 from lt_core.cache import load_cache
 from lt_core.checks import CacheError, TrainingError
+from lt_core.data import image_files
 from lt_core.data.datasets import Dataset, Split, load_dataset
+from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import Augmentation, Recipe
 from lt_core.losses import build_loss
 from lt_core.models import ContrastiveHead, Model, build_backbone, build_classifier
@@ -188,6 +192,36 @@ def test_a_step_waits_for_no_copy(how):
         (pixels,) = train.training_pixels(images, [(0, 0, torch.zeros(1, 8).long())], recipe, 0, machine)
         train.accumulate_gradient(model, loss, pixels, targets[0], 0, machine)
     assert copies.number >= 3 and not copies.waited
+
+
+def test_workers_are_started_once_for_all_epochs(tmp_path, monkeypatch):
+    """One decodes training images, one validation images, from the first epoch to the last."""
+    digits, folder = load_dataset("digits"), tmp_path / "images"
+    splits = {}
+    for name, number in (("train", 80), ("val", 40)):
+        split = digits.splits[name]
+        rows = np.linspace(0, len(split) - 1, number).astype(int)
+        files = [f"{name}{row}.png" for row in rows]
+        folder.mkdir(exist_ok=True)
+        for row, file in zip(rows, files, strict=True):
+            Image.fromarray(split.images[row].numpy().squeeze()).convert("RGB").save(folder / file)
+        splits[name] = Split(ImageFiles(folder, np.array(files)), split.labels[rows])
+    read = image_files.Crops.__getitem__
+
+    def noting(crops: image_files.Crops, crop: image_files.Crop) -> object:
+        (tmp_path / f"{'test' if crop[1] is None else 'training'} images by {os.getpid()}").touch()
+        return read(crops, crop)
+
+    monkeypatch.setattr(image_files.Crops, "__getitem__", noting)
+    model = Model(build_backbone("small_resnet"), build_classifier("cosine", 256, 10))
+    recipe = RECIPE.model_copy(update={"batch_size": 40, "input_size": 16, "augmentation": Augmentation()})
+    machine = replace(train.this_machine(), workers=1)
+    data, loss = replace(digits, splits=splits), build_loss("cross_entropy", digits.counts)
+    history = fit(model, data, recipe, "uniform", loss, 0, tmp_path, machine)
+    assert len(history) == 3 and len({entry["val_accuracy"] for entry in history}) > 1
+    noted = sorted(path.name.split(" by ") for path in tmp_path.glob("* images by *"))
+    assert [what for what, _ in noted] == ["test images", "training images"]
+    assert str(os.getpid()) not in {process for _, process in noted}
 
 
 # ---------------------------------------------------------------- resuming

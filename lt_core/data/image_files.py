@@ -172,9 +172,16 @@ def _training_crops(
             ]
 
 
-def evaluation_batches(files: ImageFiles, size: int, machine: Machine) -> Iterator[Tensor]:
-    """Pixels [B, 3, S, S] (0..255, float, channels-last) of all images in order, each its central square."""
-    batches = ([(row, None) for row in rows] for rows in _split(range(len(files)), EVALUATION_BATCH))
+def evaluation_batches(files: ImageFiles, size: int, machine: Machine, times: int = 1) -> Iterator[Tensor]:
+    """Pixels [B, 3, S, S] (0..255, float, channels-last) of all images in order, each its central square.
+
+    times: over again so often, by the same workers.
+    """
+    batches = (
+        [(row, None) for row in rows]
+        for _ in range(times)
+        for rows in _split(range(len(files)), EVALUATION_BATCH)
+    )
     for pixels, _ in _loaded(Crops(files, size), batches, machine):
         yield pixels
 
