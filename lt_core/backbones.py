@@ -97,6 +97,19 @@ def ensure(profile: str, backbone: str, seed: int, data_root: str | Path | None 
     return folder
 
 
+def if_made(profile: str, backbone: str, seed: int) -> FeatureCache | None:
+    """The cache where it is there already, made here or shipped; nothing is trained for it.
+
+    Raises CacheError as `load` does.
+    """
+    chosen = load_profile(profile)
+    for root in (paths.caches(), paths.SHIPPED_CACHES):
+        folder = root / cache_place(chosen, backbone, seed)
+        if is_made(folder, chosen, backbone, seed):
+            return load_cache(folder)
+    return None
+
+
 def load(profile: str, backbone: str, seed: int = 0, data_root: str | Path | None = None) -> FeatureCache:
     """The feature cache of one backbone and seed (trained first where the profile does that).
 
