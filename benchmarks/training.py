@@ -8,6 +8,8 @@ train_vs_imagefolder  images/s of `fit` over the loop that the field's repositor
                       ImageFolder, DataLoader with two workers, per-image random resized crop, flip and colour
                       jitter, contiguous layout. `fit` augments in the same ways. Aim 1.5. The peer has a
                       process of its own, as its users run it: in ours, freed memory is kept (`this_machine`).
+bfloat16_vs_imagefolder  the same with `precision = "bfloat16"` in the recipe. Aim 2 on a processor that has
+                      instructions for it (avx512_bf16, amx_bf16); on a GPU it is the same precision.
 extract_vs_bare       images/s of feature extraction over the bare forward pass. Aim 0.95.
 peak_gib              largest resident memory of a whole training process (data set included), 2 epochs
 peak_growth           the same with 6 epochs over 2 epochs: 1.0 when memory does not grow with epochs
@@ -237,11 +239,18 @@ def main() -> None:
                 lambda: process.submit(run_peer).result(),
                 options.repeats,
             )
+            narrow = this_machine(precision="bfloat16")
+            narrow_s, slow_s = interleaved(
+                lambda: train(model, part, jittered, narrow),
+                lambda: process.submit(run_peer).result(),
+                options.repeats,
+            )
 
     print(f"{'images/s':24}{'ours':>10}{'other':>10}{'ratio':>8}")
     for name, count, ours, other in (
         ("training, bare step", number, loop_s, bare_s),
         ("training, ImageFolder", number, same_s, peer_s),
+        ("bfloat16, ImageFolder", number, narrow_s, slow_s),
         ("extraction, bare", len(some), extract_s, forward_s),
     ):
         print(f"{name:24}{count / ours:10.0f}{count / other:10.0f}{other / ours:8.3f}")
@@ -249,6 +258,7 @@ def main() -> None:
     ratios = {
         "train_vs_bare": bare_s / loop_s,
         "train_vs_imagefolder": peer_s / same_s,
+        "bfloat16_vs_imagefolder": slow_s / narrow_s,
         "extract_vs_bare": forward_s / extract_s,
         "peak_gib": short,
         "peak_growth": long / short,

@@ -152,7 +152,8 @@ def is_made(folder: Path, profile: Profile, name: str, seed: int) -> bool:
         if name in older.backbones:
             stated |= {key: wanted[key] for key in older.lacks if key not in meta}
             stated |= {key: wanted[key] for key, value in older.states.items() if meta.get(key) == value}
-    defaults = {"recipe": Recipe.model_construct().model_dump()}
+    recipe = {"recipe": Recipe.model_construct().model_dump()}
+    defaults = recipe | {"pretraining": recipe if wanted["pretraining"] else {}}
     found, asked = flat(defaults) | flat(stated), flat(wanted)
     differing = [key for key in sorted(found | asked) if found.get(key) != asked.get(key)]
     if differing:
@@ -223,7 +224,7 @@ def prepare(
     """Load the data and build the network with the weights that it starts from; options of `this_machine`."""
     name = profile.trained_as(name)
     backbone = profile.backbone(name)
-    machine = this_machine(**(options or {}))
+    machine = this_machine(**(options or {}), precision=profile.recipes[backbone.recipe].precision)
     log.info("%s/%s seed %d: %s", profile.name, name, seed, machine.description)
     data = load_dataset(profile.dataset_of(name), data_root, profile.images)
     kept = trained_classes(backbone, data)

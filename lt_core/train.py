@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,13 @@ class Machine:
     compiles: bool = False  # with torch.compile
 
 
-def this_machine(workers: int | None = None, micro_batch: int = 0, compiles: bool = False) -> Machine:
-    """A GPU with bfloat16 where there is one, else the CPU in float32; joins torchrun's process group.
+def this_machine(
+    workers: int | None = None, micro_batch: int = 0, compiles: bool = False, precision: str = "float32"
+) -> Machine:
+    """A GPU with bfloat16 where there is one, else the CPU; joins torchrun's process group.
 
-    workers: None for all cores, shared by the processes of this computer; the others are fields of `Machine`.
+    workers: None for all cores, shared by the processes of this computer; precision: of the CPU, as a recipe
+    states it; the others are fields of `Machine`.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -96,11 +99,9 @@ def this_machine(workers: int | None = None, micro_batch: int = 0, compiles: boo
         text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
     else:
         keep_freed_memory()
-        text = f"CPU, {torch.get_num_threads()} threads, float32 (no GPU found)"
-
-    def autocast() -> contextlib.AbstractContextManager:
-        return torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-
+        text = f"CPU, {torch.get_num_threads()} threads, {precision} (no GPU found)"
+    narrow = cuda or precision == "bfloat16"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=narrow)
     return Machine(device, autocast, text, rank, world_size, workers, micro_batch, compiles)
 
 
@@ -314,7 +315,7 @@ def fit(
     Raises TrainingError when the loss is not finite.
     """
     # Set-up: everything on the device; images in memory lie there, files are read by workers.
-    machine = machine or this_machine()
+    machine = machine or this_machine(precision=recipe.precision)
     is_main_process = machine.rank == 0
     contrastive = isinstance(model.classifier, ContrastiveHead)
     views = 2 if contrastive else 1

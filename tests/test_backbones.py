@@ -215,6 +215,38 @@ def test_missing_embedded_cache_says_how_to_get_it(monkeypatch, tmp_path):
         load("embedded", "sqrt", 7)
 
 
+def test_a_cache_that_is_there_is_found_and_none_is_trained(digits, tmp_path, monkeypatch):
+    assert backbones.if_made("digits", "sqrt", 0).meta["backbone"] == "sqrt"
+    assert backbones.if_made("digits", "sqrt", 9) is None
+    monkeypatch.setenv("LT_OUTPUT_ROOT", str(tmp_path / "elsewhere"))
+    assert backbones.if_made("digits", "sqrt", 0) is None  # not among the shipped ones
+    assert backbones.if_made("embedded", "sqrt", 0).meta["backbone"] == "sqrt"
+
+
+def test_precision_is_a_part_of_the_recipe(tmp_path):
+    path = tmp_path / "narrow.toml"
+    path.write_text('same_as = "digits"\n[recipes.from_scratch]\nprecision = "bfloat16"\n', encoding="utf-8")
+    profile = load_profile(str(path))
+    folder = backbones.train_backbone(profile, "sqrt", 0)
+    meta = load_cache(folder).meta
+    assert meta["recipe"]["precision"] == "bfloat16"
+    assert "bfloat16" in meta["hardware"] or torch.cuda.is_available()
+    assert meta["accuracies"]["last"]["test"]["classifier"]["total"] > 80
+    with pytest.raises(CacheError, match="recipe.precision 'bfloat16' and not 'float32'"):
+        backbones.is_made(folder, load_profile("digits"), "sqrt", 0)
+
+
+@pytest.mark.parametrize("backbone", ["sqrt", "supervised_sqrt"])
+def test_caches_from_before_precision_was_stated_stay_valid(tmp_path, monkeypatch, backbone):
+    profile = load_profile("digits")
+    meta = backbones.made_as(profile, backbone, 0)
+    for part in (part for part in (meta, meta["pretraining"]) if part):
+        assert part["recipe"].pop("precision") == "float32"
+    (tmp_path / META).touch()
+    monkeypatch.setattr(backbones, "read_meta", lambda folder: meta)
+    assert backbones.is_made(tmp_path, profile, backbone, 0)
+
+
 def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
     assert cache_folder("embedded", "sqrt", 0).is_relative_to(paths.SHIPPED_CACHES)
     assert cache_folder("small", "sqrt", 0) == tmp_path / "caches" / "tiny_imagenet_lt" / "sqrt" / "seed0"
@@ -283,11 +315,15 @@ def test_embedded_caches_are_small_and_all_belong_to_the_profile():
     shipped = [file for file in files if file.relative_to(paths.SHIPPED_CACHES).parts[0] != "digits"]
     assert sum(file.stat().st_size for file in shipped) < 200e6
     places = {file.parent.relative_to(paths.SHIPPED_CACHES).as_posix() for file in shipped}
-    assert places == {
-        f"{EMBEDDED.dataset_of(name)}/{name}/seed{seed}"
-        for name, one in EMBEDDED.backbones.items()
-        for seed in one.seeds
+    belong = {
+        profile: {
+            f"{load_profile(profile).dataset_of(name)}/{name}/seed{seed}"
+            for name, one in load_profile(profile).backbones.items()
+            for seed in one.seeds
+        }
+        for profile in ("embedded", "half", "double", "balanced")
     }
+    assert places >= belong["embedded"] and places <= set().union(*belong.values())
 
 
 def test_seeds_of_a_frozen_backbone_store_their_features_once(tmp_path, monkeypatch):

@@ -120,6 +120,20 @@ def test_simclr_learns_without_labels(tmp_path):
     assert_same(one, simclr(tmp_path / "two", replace(data, splits=unlabelled)))
 
 
+def test_precision_is_that_of_the_recipe_and_weights_stay_float32(tmp_path, whole):
+    wide, narrow = train.this_machine(), train.this_machine(precision="bfloat16")
+    on_gpu, seen = torch.cuda.is_available(), []
+    for machine in (wide, narrow):
+        with machine.autocast():
+            ones = torch.ones(2, 2, device=machine.device)
+            seen.append((ones @ ones).dtype)
+    assert seen == [torch.bfloat16 if on_gpu else torch.float32, torch.bfloat16]
+    model, history = run_fit(tmp_path, precision="bfloat16")
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    assert history[-1]["loss"] == pytest.approx(whole[1][-1]["loss"], rel=0.1)
+    assert on_gpu or history[0]["loss"] != whole[1][0]["loss"]
+
+
 def test_same_seed_same_weights(tmp_path, whole):
     assert_same(run_fit(tmp_path / "again"), whole)
     other, _ = run_fit(tmp_path / "other", seed=1)

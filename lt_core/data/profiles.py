@@ -67,6 +67,7 @@ class Recipe(_Typed):
     nesterov: bool = False
     warmup_epochs: Count = 0
     input_size: Annotated[int, Field(ge=0, le=4096)] = 0  # pixels, by bicubic resampling; 0: as stored
+    precision: Literal["float32", "bfloat16"] = "float32"  # of a CPU; a GPU always takes bfloat16
     augmentation: Augmentation = Augmentation()
 
     @property
