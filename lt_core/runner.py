@@ -441,11 +441,13 @@ def cache_hashes(task: Task) -> list[str]:
     from lt_core import backbones
     from lt_core.data.profiles import load_profile
 
-    hashes, known = [], load_profile(task.options.profile).backbones
-    for name in (name for name in task.notebook.backbones if name in known):
-        for seed in dict.fromkeys([*known[name].seeds, task.options.seed or 0]):
-            meta = backbones.cache_folder(task.options.profile, name, seed) / "meta.json"
-            hashes.append(file_digest(meta))
+    hashes = []
+    for profile in (task.options.profile, *task.notebook.declared.get("profiles", [])):
+        known = load_profile(profile).backbones
+        for name in (name for name in task.notebook.backbones if name in known):
+            for seed in dict.fromkeys([*known[name].seeds, task.options.seed or 0]):
+                meta = backbones.cache_folder(profile, name, seed) / "meta.json"
+                hashes.append(file_digest(meta))
     return hashes
 
 

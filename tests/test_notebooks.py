@@ -62,7 +62,7 @@ def test_code_parses(notebook: runner.Notebook) -> None:
 @each
 def test_declares_what_it_makes_and_needs(notebook: runner.Notebook) -> None:
     assert {"produces", "backbones", "claims"} <= set(notebook.declared)
-    assert set(notebook.declared) <= {"produces", "backbones", "claims", "first", "tutorial"}
+    assert set(notebook.declared) <= {"produces", "backbones", "claims", "profiles", "first", "tutorial"}
     for names in (notebook.produces, notebook.backbones, notebook.declared["claims"]):
         assert len(set(names)) == len(names)
     assert set(notebook.backbones) <= set(load_profile("digits").backbones)
