@@ -298,9 +298,7 @@ def test_embedded_caches_are_whole_and_say_where_they_come_from(backbone, seed):
     declared = EMBEDDED.backbone(backbone)
     cache = load_cache(paths.SHIPPED_CACHES / EMBEDDED.dataset_of(backbone) / backbone / f"seed{seed}")
     meta = cache.meta
-    assert "test" in cache.splits and set(cache.splits) <= set(declared.stored_splits)
-    if seed == declared.seeds[0]:  # further seeds of `sqrt` have their test features alone
-        assert set(cache.splits) == set(declared.stored_splits)
+    assert "test" in cache.splits and set(cache.splits) == set(declared.stored_splits)
     assert len(cache.labels("test")) == 10_000
     assert "unknown" not in meta["code_version"] and "changes" not in meta["code_version"]
     assert backbones.is_made(cache_folder("embedded", backbone, seed), EMBEDDED, backbone, seed)

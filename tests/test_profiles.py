@@ -20,13 +20,9 @@ def test_known_profiles():
             assert backbone.network in BACKBONES and backbone.sampler in SAMPLERS
 
 
-def test_embedded_is_small_without_training_and_with_fewer_seeds():
+def test_embedded_is_small_without_training():
     embedded, small = load_profile("embedded"), load_profile("small")
-    assert embedded.recipes == small.recipes and embedded.backbones.keys() == small.backbones.keys()
-    for name, trained in small.backbones.items():
-        shipped = embedded.backbone(name)
-        assert shipped.model_copy(update={"seeds": trained.seeds}) == trained
-        assert shipped.seeds == trained.seeds[: len(shipped.seeds)]
+    assert embedded.recipes == small.recipes and embedded.backbones == small.backbones
     assert not embedded.trains and small.trains
 
 
