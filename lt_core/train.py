@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from lt_core.checks import CacheError, InputError, TrainingError, first_line
 from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.distributed import synchronise_batch_norms
-from lt_core.data.image_files import ImageFiles, evaluation_batches, seed_of, training_batches
+from lt_core.data.image_files import ImageFiles, evaluation_batches, training_batches
 from lt_core.data.profiles import Recipe
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, at_least_float32
@@ -146,7 +147,8 @@ def build_optimiser(model: Model, recipe: Recipe) -> torch.optim.SGD:
 
 def step_generator(*key: int) -> torch.Generator:
     """The random choices of one step: an independent stream for each (seed, epoch, step, rank)."""
-    return torch.Generator().manual_seed(seed_of(*key))
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
 # ---------------------------------------------------------------- pixels in, features out

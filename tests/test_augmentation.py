@@ -1,5 +1,7 @@
 """Batch augmentation against the same thing done image by image."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,18 @@ def test_augmentation_is_a_function_of_the_generator(how):
     assert one.shape == (10, 3, 16, 12) and one.min() >= 0 and one.max() <= 255
     assert torch.equal(one, augment(IMAGES, indices, how, generator(5)))
     assert not torch.equal(one, augment(IMAGES, indices, how, generator(6)))
+
+
+def test_images_in_memory_are_augmented_as_ever():
+    """Numbers of an earlier version: trainings that began with it go on and are repeated with this one."""
+    pixels = augment(IMAGES, torch.arange(10), Augmentation(crop_padding=3, flip=True), generator())
+    content = pixels.byte().contiguous().numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest().startswith("b4ebb093efb36f25")
+    how = Augmentation(random_resized_crop=0.2, colour_jitter=0.4, hue=0.1, jitter_share=0.8, grey=0.2)
+    jitter = [[0.7056, 0.9921, 0.0, 0.0037], [0.8459, 1.3172, 0.0, 0.0395], [1.1073, 0.9645, 0.9214, 0.06]]
+    torch.testing.assert_close(draw_jitter(3, how, generator()), torch.tensor(jitter), atol=6e-5, rtol=0)
+    means = random_resized_crop(to_pixels(IMAGES), 0.2, True, generator()).mean((1, 2, 3))
+    assert means.tolist()[:4] == pytest.approx([120.0008, 128.8602, 122.6894, 127.4631], abs=1e-3)
 
 
 def test_full_size_crop_is_the_identity():

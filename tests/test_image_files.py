@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 
 from lt_core.checks import DataError, InputError, TrainingError
 from lt_core.data import image_files
+from lt_core.data.augmentation import draw_jitter
 from lt_core.data.datasets import decode
 from lt_core.data.image_files import (
     Crops,
     ImageFiles,
     central_square,
     evaluation_batches,
+    random_box,
+    random_jitter,
     training_batches,
 )
 from lt_core.data.profiles import Augmentation, Recipe
@@ -108,6 +112,37 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(files, monkeypatch):
     monkeypatch.setattr(image_files.Crops, "__getitem__", dying)
     with pytest.raises(TrainingError, match=r"^a process that decodes images was ended [^\n]*--workers N"):
         list(evaluation_batches(files, 24, machine(workers=1)))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (90, 160), (400, 60), (60, 400)])
+def test_boxes_are_those_of_torchvision(size):
+    """The same distribution of sides and corners; what is too narrow for any box is cut as there."""
+    from torchvision.transforms import RandomResizedCrop
+
+    image, draws = Image.new("L", size), 1500
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(draws)])
+    ours = np.array([random_box(size, 0.3, np.random.default_rng([0, draw])) for draw in range(draws)])
+    for column in range(4):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+    areas = ours[:, 2:].prod(1) / (size[0] * size[1])
+    assert ks_2samp(areas, theirs[:, 2:].prod(1) / (size[0] * size[1])).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augmentation(colour_jitter=0.4),
+        Augmentation(colour_jitter=0.4, hue=0.1, jitter_share=0.8, grey=0.2),
+    ],
+)
+def test_colours_of_files_change_as_those_of_a_batch(how):
+    batch = draw_jitter(2000, how, torch.Generator().manual_seed(0)).numpy()
+    ours = np.array([random_jitter(how, np.random.default_rng([0, draw])) for draw in range(2000)])
+    for column in range(4):
+        assert ks_2samp(ours[:, column], batch[:, column]).pvalue > 1e-3
+    untouched = [(one[:, [0, 1, 3]] == [1, 1, 0]).all(1).mean() for one in (ours, batch)]
+    assert untouched == pytest.approx([1 - how.jitter_share] * 2, abs=0.04)
 
 
 def test_two_views_differ_and_colours_change(files):

@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lt_core.checks import DataError, InputError, TrainingError
-from lt_core.data.augmentation import apply_jitter, draw_jitter
+from lt_core.data.augmentation import apply_jitter
 from lt_core.data.profiles import Augmentation, Recipe
 
 CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256
-ASPECTS = (3 / 4, 4 / 3)  # of random crops
+ASPECTS, TRIES = (3 / 4, 4 / 3), 10  # of random crops; boxes that are drawn until one fits
 EVALUATION_BATCH = 256  # images
 PIECE = 32  # images that a worker makes at once, whatever the batch: 5 MB of shared memory
 PREFETCH = 4  # pieces that each worker keeps ready
@@ -109,21 +109,15 @@ class Crops(TorchDataset):
 
     def _choices(self, image: Image.Image, key: Key | None) -> tuple[tuple[float, ...], bool, Tensor]:
         """The box to cut (top, left, height, width), whether it is mirrored, and colour changes [4]."""
-        from torchvision.transforms import RandomResizedCrop  # takes seconds to import
-
-        box, mirrored, jitter = central_square(image.size), False, torch.tensor([1.0, 1.0, 1.0, 0.0])
-        if key is None:
-            return box, mirrored, jitter
-        # torchvision draws from the global generator: it is seeded for this image, and put back.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(*key))
+        box, mirrored, jitter = central_square(image.size), False, (1.0, 1.0, 1.0, 0.0)
+        if key is not None:
+            generator = np.random.default_rng(key)
             if self.how.random_resized_crop:
-                scale = [self.how.random_resized_crop, 1.0]
-                box = RandomResizedCrop.get_params(image, scale, list(ASPECTS))
-            mirrored = self.how.flip and torch.rand(()).item() < 0.5
+                box = random_box(image.size, self.how.random_resized_crop, generator)
+            mirrored = self.how.flip and generator.random() < 0.5
             if self.how.colour_jitter:
-                (jitter,) = draw_jitter(1, self.how, torch.default_generator)
-        return box, mirrored, jitter
+                jitter = random_jitter(self.how, generator)
+        return box, mirrored, torch.tensor(jitter, dtype=torch.float32)
 
 
 def central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -132,9 +126,32 @@ def central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
     return (size[1] - side) / 2, (size[0] - side) / 2, side, side
 
 
-def seed_of(*key: int) -> int:
-    """The seed of an independent random stream for each key, such as (seed, epoch, position)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+def random_box(size: tuple[int, int], smallest: float, generator: np.random.Generator) -> tuple[int, ...]:
+    """A box (top, left, height, width) in an image of (width, height) pixels, `smallest` of its area to all.
+
+    As torchvision's RandomResizedCrop, whose draws through torch cost a tenth of the decoding.
+    """
+    width, height = size
+    low, high = ASPECTS
+    for _ in range(TRIES):
+        area = width * height * generator.uniform(smallest, 1)
+        aspect = low * (high / low) ** generator.random()
+        across, down = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < across <= width and 0 < down <= height:
+            top, left = generator.integers(height - down + 1), generator.integers(width - across + 1)
+            return int(top), int(left), down, across
+    # An image so narrow or so low: the middle of it, as much as the aspects allow.
+    across, down = min(width, round(height * high)), min(height, round(width / low))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+def random_jitter(how: Augmentation, generator: np.random.Generator) -> tuple[float, ...]:
+    """The colour changes [4] of one image, as `draw_jitter` draws those of a batch."""
+    changed = generator.random() < how.jitter_share
+    factors = generator.uniform(1 - how.colour_jitter, 1 + how.colour_jitter, 3) if changed else np.ones(3)
+    if generator.random() < how.grey:
+        factors[2] = 0
+    return *factors, generator.uniform(-how.hue, how.hue) if changed else 0.0
 
 
 def training_batches(
