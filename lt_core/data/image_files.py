@@ -224,7 +224,8 @@ def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> It
     parts: list[tuple[Tensor, Tensor]] = []
     try:
         for pixels, jitter in loader:
-            parts.append((pixels.to(machine.device, non_blocking=True), jitter))
+            # A copy also on the CPU, which gives the worker's shared memory back.
+            parts.append((pixels.to(machine.device, non_blocking=True, copy=True), jitter))
             if sum(len(part) for _, part in parts) < sizes[0]:
                 continue
             sizes.popleft()
