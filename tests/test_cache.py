@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from lt_core.cache import (
 )
 from lt_core.checks import CacheError, InputError
 from lt_core.models import build_classifier
+from lt_core.train import extract_features, this_machine
 from lt_core.transfer import prototypes
 
 SPLITS = ("train", "val", "test")
@@ -325,6 +328,20 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- compression
+
+
+def test_features_beyond_the_range_of_float16_are_kept(tmp_path):
+    """As networks in bfloat16 make them: from the network to the file and back."""
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    network, machine = torch.nn.Linear(3, 3, bias=False), replace(this_machine(), autocast=autocast)
+    torch.nn.init.eye_(network.weight)
+    labels = torch.arange(4) % 2
+    features = extract_features(network, 2.0**17 + 2.0**15 * torch.rand(4, 3), 0, machine)
+    cache = FeatureCache.from_arrays((features, labels), (features, labels), class_names=["a", "b"])
+    save_cache(tmp_path, cache)
+    kept = load_cache(tmp_path).features("train")
+    assert features.min() >= 2 * torch.finfo(torch.float16).max
+    assert ((kept - features).abs() <= features.abs().amax(1, keepdim=True) / 253).all()
 
 
 @settings(max_examples=25, deadline=None)
