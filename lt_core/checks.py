@@ -7,6 +7,7 @@ One clear sentence says what is wrong and what to do; the command line prints it
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import PurePosixPath
 
@@ -74,6 +75,14 @@ def check_label(name: str, value: object) -> None:
     markup = r"[<>\\`$*|{}\[\]]|^[=+@-]"
     if not isinstance(value, str) or not value.isprintable() or re.search(markup, value):
         raise InputError(f"{name} must be plain text without markup, found {printable(str(value))[:80]!r}")
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """A whole number, 0 or above, of the environment; unset or empty: the default. Raises InputError."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"the environment variable {name} must be a whole number, found {text!r}: unset it")
+    return int(text)
 
 
 def check_seed(seed: int | None) -> None:

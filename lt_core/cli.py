@@ -368,7 +368,7 @@ def main(words: list[str] | None = None) -> int:
 
 def show_progress() -> None:
     """Progress of training on standard output, from the first of torchrun's processes alone."""
-    log.handlers = [logging.StreamHandler(sys.stdout)] if os.environ.get("RANK", "0") == "0" else []
+    log.handlers = [logging.StreamHandler(sys.stdout)] if (os.environ.get("RANK") or "0") == "0" else []
     log.propagate = False
     log.setLevel(logging.INFO)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lt_core import paths
-from lt_core.checks import CacheError, InputError, TrainingError, first_line
+from lt_core.checks import CacheError, InputError, TrainingError, first_line, number_in_environment
 from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.distributed import synchronise_batch_norms
@@ -82,11 +82,16 @@ def this_machine(
     workers: None for all cores, shared by the processes of this computer; precision: of the CPU, as a recipe
     states it; the others are fields of `Machine`.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = number_in_environment("WORLD_SIZE", 1)  # as torchrun sets it, with RANK and the others
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 and not dist.is_initialized() else ()
+    if absent := [name for name in needed if not os.environ.get(name)]:
+        raise InputError(
+            f"WORLD_SIZE is {world_size}, but there is no {absent[0]}: start with torchrun, or unset it"
+        )
     cuda = torch.cuda.is_available()
     if min(workers or 0, micro_batch) < 0:
         raise InputError("--workers and --micro-batch must be 0 or above")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", number_in_environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
@@ -94,7 +99,7 @@ def this_machine(
         dist.init_process_group(timeout=PATIENCE, **backend)
     rank = dist.get_rank() if world_size > 1 else 0
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cuda else 0
+        workers = len(os.sched_getaffinity(0)) // number_in_environment("LOCAL_WORLD_SIZE", 1) if cuda else 0
     if cuda:
         torch.backends.cudnn.benchmark = True  # all batches are of one size
         text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"

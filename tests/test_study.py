@@ -141,7 +141,18 @@ def test_lists_are_compared_with_each_other(tree, line, message):
     with open(files["train"], "a") as file:
         file.write(line + "\n")
     with pytest.raises(DataError, match=re.escape(message)):
-        listing(tree, **files)
+        datasets.decode_listing(listing(tree, **files))  # what training reads
+    with pytest.raises(DataError, match=re.escape(message)):  # before some of train become validation images
+        listing(tree, train=files["train"], test=files["test"])
+
+
+def test_a_line_given_twice_is_said_and_is_one_image(tree, caplog):
+    files = write_lists(tree)
+    expected = listing(tree, train=files["train"]).lists
+    with open(files["train"], "a") as file:
+        file.write("train/ant/0.png 0\n" * 2)
+    assert listing(tree, train=files["train"]).lists == expected
+    assert "lines that stand twice: 2 of the train list" in caplog.text
 
 
 def test_equal_files_in_two_splits_are_found(tree):

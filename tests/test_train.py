@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lt_core import paths, train
 from lt_core.cache import load_cache
-from lt_core.checks import CacheError, TrainingError
+from lt_core.checks import CacheError, InputError, TrainingError
 from lt_core.data import image_files
 from lt_core.data.datasets import Dataset, Split, load_dataset
 from lt_core.data.image_files import ImageFiles
@@ -322,6 +322,26 @@ def test_resume_after_sigkill_is_exact(tmp_path):
     expected = run_fit(tmp_path / "whole", epochs=8)[0].state_dict()
     for name, value in load_checkpoint(last)["model"].items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2", "WORLD_SIZE is 2, but there is no RANK: start with torchrun, or unset it"),
+        ("two", "the environment variable WORLD_SIZE must be a whole number, found 'two'"),
+        ("-1", "the environment variable WORLD_SIZE must be a whole number, found '-1'"),
+    ],
+)
+def test_what_a_cluster_left_in_the_environment_is_named(monkeypatch, value, message):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=message):
+        train.this_machine()
+
+
+def test_an_empty_world_size_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert train.this_machine().world_size == 1
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

@@ -316,8 +316,10 @@ class Listing:
 def check_listing(listing: Listing) -> None:
     """Raises DataError for labels outside the classes, classes without training images, missing files.
 
+    Also for an image in two splits or with two labels (`check_lists`).
     All missing files are named in `.cache/missing-<data set>.txt`.
     """
+    check_lists(listing.name, listing.lists)
     classes = listing.class_names
     for name in classes:
         check_label(f"{listing.name}: the name of a class", name)
@@ -348,7 +350,7 @@ def check_listing(listing: Listing) -> None:
 
 def decode_listing(listing: Listing) -> Dataset:
     """The data set with its images as arrays or files; raises DataError as `check_listing`, `decode` do."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first looks for all: it ends them, too
+    if (os.environ.get("RANK") or "0") == "0":  # of several processes the first looks for all, and ends them
         check_listing(listing)
     splits = {}
     for split, records in listing.lists.items():
@@ -479,9 +481,9 @@ def own_listing(name: str, own: OwnImages, data_root: str | Path | None = None) 
         classes = _names_of_classes(lists["train"])
     else:
         lists, classes = _tree_lists(folder)
-    check_lists(name, lists)
     if "val" not in lists:
-        train = np.array(lists["train"], dtype=object)
+        check_lists(name, lists)  # as they were given: what follows moves images from one to another
+        train = np.array(list(dict.fromkeys(lists["train"])), dtype=object)
         kept = ~held_out(train[:, 1].astype(int))
         if kept.all():
             raise DataError(
@@ -727,7 +729,6 @@ def _check_dataset(name: str, profile: Profile, data_root: str | Path | None, de
         yield f"{name}: {', '.join(f'{len(one)} {split}' for split, one in splits.items())} images are there"
         return
     listing = listing_of(name, data_root, profile.images)
-    check_lists(name, listing.lists)
     check_listing(listing)
     sizes = ", ".join(f"{len(records)} {split}" for split, records in listing.lists.items())
     classes = len(listing.class_names)
