@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parts import class_folders, part_counts, write_part
+from PIL import Image
 
 from lt_core.checks import DataError
 from lt_core.data import official
@@ -229,3 +230,55 @@ def test_the_official_lists_on_an_empty_tree_say_what_is_missing(tmp_path):
         DataError, match="62500 images, of which 62500 are missing .*; of all lists 106300 are"
     ):
         load_dataset("places_lt", tmp_path)
+
+
+# ---------------------------------------------------------------- iNaturalist 2018
+
+
+@pytest.fixture
+def species(tmp_path, monkeypatch) -> Path:
+    """Three species of 10, 5 and 1 training images, three each to test on, listed by two people."""
+    monkeypatch.setattr(official, "INATURALIST", (16, 3))
+    for split, counts, home in (("train", (10, 5, 1), ""), ("val", (3, 3, 3), "/home/user/inat/")):
+        names = [
+            (f"train_val2018/Aves/{c}/{split}{i}.jpg", c) for c, n in enumerate(counts) for i in range(n)
+        ]
+        (tmp_path / f"iNaturalist18_{split}.txt").write_text("".join(f"{home}{n} {c}\n" for n, c in names))
+        for name, label in names:
+            path = tmp_path / "inaturalist2018" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 12), (90 * label, 0, 0)).save(path)
+    return tmp_path
+
+
+def test_inaturalist_is_tested_on_its_validation_images(species):
+    data = load_dataset("inaturalist_2018", species)
+    assert {split: len(one) for split, one in data.splits.items()} == {"train": 13, "val": 3, "test": 9}
+    assert data.counts.tolist() == [8, 4, 1]
+    assert data.class_names == ("0", "1", "2")
+    lines = list(check_data("inaturalist", species, deep=True))
+    assert lines[0].startswith("inaturalist_2018: 13 train, 3 val, 9 test images of 3 classes are there")
+    assert "the train list is not the published file byte for byte" in lines[1]
+    assert lines[2].endswith("can be decoded")
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "message"),
+    [
+        ("train", lambda lines: lines[1:], "_train.txt is not .*: it has 15 images of 3 classes, .* 16 of 3"),
+        ("train", lambda lines: lines[:-1] + lines[:1], "it has 16 images of 2 classes"),
+        ("val", lambda lines: [*lines[:-1], lines[-1][:-2] + "1\n"], "class 1 has 4 images, .* 3"),
+    ],
+)
+def test_other_lists_of_inaturalist_are_refused(species, split, change, message):
+    path = species / f"iNaturalist18_{split}.txt"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(DataError, match=message):
+        load_dataset("inaturalist_2018", species)
+
+
+def test_missing_lists_of_inaturalist_say_where_they_lie(tmp_path):
+    with pytest.raises(
+        DataError, match="has no list iNaturalist18_train.txt, iNaturalist18_val.txt: .*https"
+    ):
+        load_dataset("inaturalist_2018", tmp_path)

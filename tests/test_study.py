@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from lt_core.cache import FeatureCache, load_cache
 from lt_core.checks import DataError, InputError
 from lt_core.classifiers import predict
 from lt_core.data import datasets
-from lt_core.data.profiles import OwnImages, load_profile
+from lt_core.data.profiles import FOLDER, OwnImages, load_profile
 from lt_core.estimator import CompositionalTransferClassifier
 from lt_core.export import load_model
 from lt_core.models import build_backbone
@@ -144,6 +146,27 @@ def test_lists_are_compared_with_each_other(tree, line, message):
         datasets.decode_listing(listing(tree, **files))  # what training reads
     with pytest.raises(DataError, match=re.escape(message)):  # before some of train become validation images
         listing(tree, train=files["train"], test=files["test"])
+
+
+def test_images_of_a_stated_size_are_held_in_memory(tree, tmp_path):
+    profile = tmp_path / "small_pets.toml"
+    digits = (FOLDER / "digits.toml").read_text()
+    own = f'[images.pets]\nfolder = "{tree}"\nsize = 16\n'
+    profile.write_text(digits.replace('imagenet_lt = "digits"', 'imagenet_lt = "pets"') + own)
+    images = load_profile(str(profile)).images
+    split = datasets.load_dataset("pets", own=images).splits["test"]
+    assert split.images.shape == (15, 16, 16, 3) and split.images.dtype == torch.uint8
+    assert split.images[0].float().mean((0, 1)).argmax() == 0  # ants are red
+    assert any(
+        "pets: all of them can be decoded" in line for line in datasets.check_data(str(profile), deep=True)
+    )
+    lists = write_lists(tree)
+    with tarfile.open(tree.with_suffix(".tar"), "w") as archive:
+        archive.add(tree, "pets")
+    shutil.rmtree(tree)
+    packed = OwnImages(folder=str(tree), lists=lists, size=16)
+    found = datasets.load_dataset("pets", own={"pets": packed}).splits["test"]
+    assert torch.equal(found.images, split.images)
 
 
 def test_a_line_given_twice_is_said_and_is_one_image(tree, caplog):

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -461,6 +462,16 @@ def _official(root: Path, name: str, whole: bool = True) -> Listing:
     return Listing(name if whole else f"{name}_part", source, lists, words, 0, wnids)
 
 
+def _inaturalist(root: Path) -> Listing:
+    """iNaturalist 2018: tested on its validation list, as in the field; ours are taken of training images."""
+    name = "inaturalist_2018"
+    files = official.list_files(name, root)
+    lists = official.inaturalist_lists({split: read_list(path, "/") for split, path in files.items()})
+    source = official.ImageTree(root / official.OFFICIAL[name].folder)
+    lists, classes = _with_validation(name, lists), _names_of_classes(lists["train"])
+    return Listing(name, source, lists, tuple(classes), 0)
+
+
 # ---------------------------------------------------------------- data sets of one's own
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -474,7 +485,7 @@ def own_listing(name: str, own: OwnImages, data_root: str | Path | None = None) 
     training lacks and for an image that is in two splits or has two labels.
     """
     folder = _below(data_root, own.folder)
-    source = official.ImageTree(folder)
+    source = ImageSource(folder.parent, folder.name) if own.size else official.ImageTree(folder)
     if own.lists:
         prefix = f"{folder.as_posix()}/"  # lists may name files by their whole path
         lists = {split: read_list(_below(data_root, file), prefix) for split, file in own.lists.items()}
@@ -482,16 +493,22 @@ def own_listing(name: str, own: OwnImages, data_root: str | Path | None = None) 
     else:
         lists, classes = _tree_lists(folder)
     if "val" not in lists:
-        check_lists(name, lists)  # as they were given: what follows moves images from one to another
-        train = np.array(list(dict.fromkeys(lists["train"])), dtype=object)
-        kept = ~held_out(train[:, 1].astype(int))
-        if kept.all():
-            raise DataError(
-                f"{name} has no validation images, and no class has {VAL_LEAST} training images for some"
-            )
-        lists |= {"train": [tuple(r) for r in train[kept]], "val": [tuple(r) for r in train[~kept]]}
+        lists = _with_validation(name, lists)
     lists = {split: lists[split] for split in SPLITS if split in lists}
-    return Listing(name, source, lists, tuple(classes), 0)
+    return Listing(name, source, lists, tuple(classes), own.size)
+
+
+def _with_validation(name: str, lists: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """The lists in the order of SPLITS, with validation images taken out of the training images."""
+    check_lists(name, lists)  # as they were given: what follows moves images from one to another
+    train = list(dict.fromkeys(lists["train"]))
+    taken = held_out(np.array([label for _, label in train]))
+    if not taken.any():
+        raise DataError(
+            f"{name} has no validation images, and no class has {VAL_LEAST} training images for some"
+        )
+    parts = {"train": list(compress(train, ~taken)), "val": list(compress(train, taken))}
+    return parts | {split: records for split, records in lists.items() if split != "train"}
 
 
 def _below(data_root: str | Path | None, path: str) -> Path:
@@ -503,8 +520,9 @@ def _below(data_root: str | Path | None, path: str) -> Path:
 def held_out(labels: np.ndarray) -> np.ndarray:
     """Which training images [M] become validation images: a fifth, at most 20, of each class of 5 or more."""
     generator, chosen = np.random.RandomState(0), np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
+    order = np.argsort(labels, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):  # those of each class
+        rows = generator.permutation(rows)
         if len(rows) >= VAL_LEAST:
             chosen[rows[: min(VAL_MOST, len(rows) // VAL_SHARE)]] = True
     return chosen
@@ -669,6 +687,7 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "places_lt": lambda root: _official(root, "places_lt"),
     "imagenet_lt_part": lambda root: _official(root, "imagenet_lt", whole=False),
     "places_lt_part": lambda root: _official(root, "places_lt", whole=False),
+    "inaturalist_2018": _inaturalist,
 }
 BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "letters": _letters}
 FROM_ARCHIVE: dict[str, Callable[[Path], Dataset]] = {

@@ -1,4 +1,6 @@
-"""ImageNet-LT and Places-LT as published (Liu et al., CVPR 2019): their lists, and where the images lie.
+"""Published data sets: their lists, and where the images lie.
+
+ImageNet-LT and Places-LT (Liu et al., CVPR 2019), and at the end iNaturalist 2018.
 
 The lists, `path label` a line, circulate with the paths of two directory layouts and the same content, so
 they are compared as normalised records, and the images are found in either layout:
@@ -93,7 +95,17 @@ OFFICIAL = {
             "test": "dbfa272ef22c10cc960146ea1c810dde4e800d87eb0359942b7409d19cb3da53",
         },
     ),
+    "inaturalist_2018": Official(
+        prefix="iNaturalist18",
+        folder="inaturalist2018",
+        per_class={"val": 3},
+        patterns={},
+        sha256={},
+        train_blob="4accdb7584d2f0a5106c40a33ed6afa392189bcc",
+    ),
 }
+INATURALIST = (437_513, 8_142)  # training images and classes; the counts of classes are in no list we have
+INATURALIST_TOP = "train_val2018/"  # of all paths
 
 
 # ---------------------------------------------------------------- lists
@@ -102,7 +114,7 @@ OFFICIAL = {
 def list_files(name: str, root: Path) -> dict[str, Path]:
     """The lists in the data root; raises DataError for missing ones, naming where to fetch them."""
     prefix = OFFICIAL[name].prefix
-    files = {split: root / f"{prefix}_{split}.txt" for split in ("train", "val", "test")}
+    files = {split: root / f"{prefix}_{split}.txt" for split in ("train", *OFFICIAL[name].per_class)}
     if missing := [path.name for path in files.values() if not path.is_file()]:
         addresses = " ".join(f"{SOURCE}/{prefix}/{name}" for name in missing)
         raise DataError(f"{root} has no list {', '.join(missing)}: put there what lies at {addresses}")
@@ -184,6 +196,33 @@ def check_official(name: str, lists: dict[str, list[Image]]) -> None:
 def digest(images: list[Image]) -> str:
     """sha256 of a list's records, whatever their order and layout."""
     return hashlib.sha256("\n".join(sorted(map(str, images))).encode()).hexdigest()
+
+
+def inaturalist_lists(lists: dict[str, list[tuple[str, int]]]) -> dict[str, list[tuple[str, int]]]:
+    """The lists of iNaturalist 2018 without what stands before the paths; the field tests on `val`.
+
+    Raises DataError, naming the first difference, unless images and classes are as many as published.
+    """
+    official, (images, classes) = OFFICIAL["inaturalist_2018"], INATURALIST
+    for split, records in lists.items():
+        per_class = official.per_class.get(split)
+        found = Counter(label for _, label in records)
+        where = f"{official.prefix}_{split}.txt is not the official list"
+        expected = classes * per_class if per_class else images
+        if (len(records), sorted(found)) != (expected, list(range(classes))):
+            raise DataError(
+                f"{where}: it has {len(records)} images of {len(found)} classes, "
+                f"the official one {expected} of {classes}"
+            )
+        for other in (label for label in found if per_class and found[label] != per_class):
+            raise DataError(
+                f"{where}: class {other} has {found[other]} images, in the official one {per_class}"
+            )
+    named = {
+        split: [(INATURALIST_TOP + path.rpartition(INATURALIST_TOP)[2], label) for path, label in records]
+        for split, records in lists.items()
+    }
+    return {"train": named["train"], "test": named["val"]}
 
 
 # ---------------------------------------------------------------- images

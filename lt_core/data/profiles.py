@@ -117,6 +117,7 @@ class OwnImages(_Typed):
 
     folder: str  # of train/<class>/*, val/, test/, or of the images that the lists name
     lists: dict[SplitName, str] = {}  # files of `path label` lines, labels from 0; none: the folder's tree
+    size: Annotated[int, Field(ge=0, le=4096)] = 0  # pixels of images held in memory; 0: they stay files
 
     @model_validator(mode="after")
     def _train_is_named(self) -> OwnImages:
