@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,19 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from lt_core import paths
-from lt_core.checks import CacheError, InputError, as_tensor, check_counts, check_matrix, check_positive
+from lt_core.baselines import Logits
+from lt_core.cache import FeatureCache
+from lt_core.checks import (
+    CacheError,
+    InputError,
+    as_tensor,
+    check_counts,
+    check_labels,
+    check_matrix,
+    check_positive,
+    unknown,
+)
+from lt_core.evidence import Evidence, WithDensity, image_density, image_evidence
 from lt_core.losses import Loss, build_loss
 from lt_core.models import CosineClassifier
 from lt_core.train import fit_head
@@ -55,6 +68,8 @@ EXPECTED_FAILED_CHECKS = {
 
 FORMAT_VERSION = 1
 TENSORS = ("prototypes", "weights", "counts", "classifiers")  # what a stored classifier holds beside the JSON
+OF_IMAGES = ("features", "labels")  # and one that reads its training samples
+READERS = {"image_evidence": (Evidence, image_evidence), "image_density": (WithDensity, image_density)}
 FLOATS = (np.float64, np.float32)  # other numbers become the first
 BATCH, LEARNING_RATE = 128, 0.1  # of a training step, as where only the classifier of a backbone is trained
 IMAGES = 2**12  # samples predicted at once
@@ -87,9 +102,13 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
     scale: s of Eq. 2; None: the learned one (1 at least), or 16 when the weights are given.
     sampler: what a learned classifier is trained with: `uniform`, `class_aware` or `square_root`.
     epochs: how long it is trained; random_state: seed of its start and of the sampler.
+    classifier: `ensemble`, or `image_evidence` or its simplest form `image_density` in its place, which read
+    the training samples when they predict (`lt_core.evidence`; not in the paper). They take no new classes.
+    share: their weight of the samples' evidence; strength: of their logit adjustment.
 
     Fitted: `classes_` [N] sorted, `counts_` [N] training samples, `prototypes_` [N, F], `weights_` [N, F]
-    (NaN for added classes), `classifiers_` [E, N, F] one for each of `ensemble_k_`, and `scale_`.
+    (NaN for added classes), `classifiers_` [E, N, F] one for each of `ensemble_k_`, and `scale_`. Where
+    samples are read, also their directions `features_` [M, F] and `labels_` [M], positions in `classes_`.
     """
 
     def __init__(
@@ -100,6 +119,9 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         sampler: str = "square_root",
         epochs: int = 20,
         random_state: int | np.random.RandomState | None = 0,
+        classifier: str = "ensemble",
+        share: float = 0.4,
+        strength: float = 0.25,
     ) -> None:
         self.ensemble_k = ensemble_k
         self.temperature = temperature
@@ -107,6 +129,9 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.sampler = sampler
         self.epochs = epochs
         self.random_state = random_state
+        self.classifier = classifier
+        self.share = share
+        self.strength = strength
 
     @own_settings()
     def fit(
@@ -120,7 +145,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
 
         classifier_weights [N, F]: rows of a trained cosine classifier, in the sorted order of the labels.
         sample_weight [M]: how much each sample counts in its class's prototype and in the loss of a learned
-        classifier; those of weight 0 are left out. A learned classifier is trained where X lies.
+        classifier; those of weight 0 are left out, others are evidence alike. A learned classifier is
+        trained where X lies.
         Raises InputError for values that do not fit, and where there is one class and no weight to give it.
         """
         device = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
@@ -133,6 +159,10 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             counting = sample_weight > 0
             X, y, sample_weight = X[counting], y[counting], sample_weight[counting]
         check_positive("temperature", self.temperature)
+        if self.classifier not in ("ensemble", *READERS):
+            raise InputError(unknown("classifier", self.classifier, ["ensemble", *READERS]))
+        if not isinstance(self.strength, Real) or not math.isfinite(self.strength):
+            raise InputError(f"strength must be a finite number, found {self.strength!r}")
         given_scale = None if self.scale is None else check_positive("scale", self.scale)
         classes, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
         ks = _exceeded(self.ensemble_k, counts.max())
@@ -149,6 +179,9 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, self.counts_ = classes, counts
         self.prototypes_, self.weights_ = means.numpy(), weights.numpy(force=True).copy()
         self.classifiers_ = torch.stack(built).numpy()
+        if self.classifier in READERS:
+            self.features_, self.labels_ = normalize("X", as_tensor("X", X)).float().numpy(), labels
+            self._reader = self._made_reader()
         return self
 
     def partial_fit(self, X: object, y: object, classes: object | None = None) -> Self:
@@ -164,6 +197,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X, y = validate_data(self, _plain_array(X_new), _plain_array(y_new), reset=False, dtype=FLOATS)
+        if self.classifier in READERS:
+            raise InputError(f"{self.classifier} takes no new classes, classifier='ensemble' does")
         check_classification_targets(y)
         new, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
         if _is_text(new) != _is_text(self.classes_):
@@ -204,7 +239,32 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return validate_data(self, _plain_array(X), reset=False, dtype=FLOATS)
 
+    def _made_reader(self) -> Logits:
+        """The classifier that reads the training samples: directions [M, F] -> logits [M, N]."""
+        prepare, build = READERS[self.classifier]
+        cache = FeatureCache(
+            weights=torch.from_numpy(self.weights_).float(),
+            scale=self.scale_,
+            counts=torch.from_numpy(self.counts_),
+            prototypes=torch.from_numpy(self.prototypes_).float(),
+            splits={"train": (torch.from_numpy(self.features_), torch.from_numpy(self.labels_))},
+            meta={},
+        )
+        return build(prepare(cache), check_positive("share", self.share), self.strength)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reader, which is made again of the rest."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "features_" in state:
+            self._reader = self._made_reader()
+
     def _probabilities(self, features: object) -> torch.Tensor:
+        if self.classifier in READERS:
+            directions = normalize("X", as_tensor("X", features)).float()
+            return self._reader(directions).softmax(dim=1)
         return ensemble_probabilities(features, list(self.classifiers_), self.scale_)
 
     def _learned(
@@ -244,7 +304,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             text = json.dumps(description, default=_plain)
         except TypeError as error:
             raise InputError(f"the classifier cannot be stored: {error}") from None
-        tensors = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in TENSORS}
+        names = _stored(self.classifier)
+        tensors = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in names}
         with paths.atomic(Path(path)) as temporary:
             temporary.write_bytes(save(tensors, {"json": text, "sha256": _sha256(tensors, text)}))
 
@@ -254,10 +315,12 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in TENSORS}
+                description = json.loads(metadata["json"])
+                names = _stored(description["parameters"].get("classifier", "ensemble"))
+                tensors = {name: file.get_tensor(name) for name in names}
             if _sha256(tensors, metadata["json"]) != metadata["sha256"]:
                 raise CacheError(f"{path} is damaged: its content does not have the hash that it states")
-            return cls._from(json.loads(metadata["json"]), tensors)
+            return cls._from(description, tensors)
         except FileNotFoundError:
             raise CacheError(f"there is no stored classifier {path}") from None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -286,8 +349,11 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             raise InputError("the classifiers do not fit the prototypes")
         for classifier in tensors["classifiers"]:
             check_matrix("classifiers", classifier)
-        for name in TENSORS:
+        for name in tensors:
             setattr(model, f"{name}_", tensors[name])
+        if model.classifier in READERS:
+            check_labels("labels", model.labels_, rows, len(check_matrix("features", model.features_)))
+            model._reader = model._made_reader()
         model.n_features_in_ = columns
         if description["feature_names"]:
             model.feature_names_in_ = np.array(description["feature_names"], dtype=object)
@@ -409,9 +475,14 @@ def _plain_type(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+def _stored(classifier: str) -> tuple[str, ...]:
+    """Names of the tensors of a stored classifier."""
+    return TENSORS + (OF_IMAGES if classifier in READERS else ())
+
+
 def _sha256(tensors: dict[str, np.ndarray], text: str) -> str:
     """Of the description and all values."""
     digest = hashlib.sha256(text.encode())
-    for name in TENSORS:
+    for name in (name for name in TENSORS + OF_IMAGES if name in tensors):
         digest.update(tensors[name].tobytes())
     return digest.hexdigest()

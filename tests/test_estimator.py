@@ -16,7 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from lt_core import EXPECTED_FAILED_CHECKS, CompositionalTransferClassifier
+from lt_core.cache import FeatureCache
 from lt_core.checks import CacheError, InputError
+from lt_core.classifiers import CLASSIFIERS
 from lt_core.estimator import TENSORS, _sha256, own_settings
 from lt_core.transfer import continual_classifiers, ensemble_probabilities, hybrid_classifiers, prototypes
 
@@ -129,6 +131,57 @@ def test_prediction_in_blocks(monkeypatch):
     whole = model.predict(TEST)
     monkeypatch.setattr("lt_core.estimator.IMAGES", 7)
     np.testing.assert_array_equal(model.predict(TEST), whole)
+
+
+# ---------------------------------------------------------------- classifiers that read the training samples
+
+
+@pytest.mark.parametrize("name", ["image_evidence", "image_density"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_readers_are_the_classifiers_of_the_registry(name, kind, tmp_path):
+    model = quick(classifier=name, share=0.8, strength=0.5, scale=12.0).fit(X.astype(kind), NAMES[Y], WEIGHTS)
+    rank = NAMES.argsort().argsort()[Y]
+    cache = FeatureCache(
+        weights=torch.from_numpy(WEIGHTS).float(),
+        scale=12.0,
+        counts=torch.from_numpy(COUNTS[NAMES.argsort()]),
+        prototypes=prototypes(X, rank, 5).float(),
+        splits={"train": (torch.from_numpy(X).float(), torch.from_numpy(rank))},
+        meta={},
+    )
+    expected = CLASSIFIERS[name].of(cache)(share=0.8, strength=0.5)(torch.from_numpy(TEST).float()).softmax(1)
+    np.testing.assert_allclose(model.predict_proba(TEST.astype(kind)), expected, atol=2e-5)
+
+    # Pickled, copied and stored they say the same.
+    model.save(tmp_path / "model")
+    loaded = CompositionalTransferClassifier.load(tmp_path / "model")
+    for again in (pickle.loads(pickle.dumps(model)), loaded):
+        np.testing.assert_array_equal(again.predict_proba(TEST), model.predict_proba(TEST))
+    with pytest.raises(InputError, match=f"{name} takes no new classes"):
+        model.add_classes(-X[:3], ["fox"] * 3)
+
+
+def test_readers_work_in_a_search_and_refuse_bad_settings():
+    settings = {"share": [0.4, 0.8], "strength": [0, 1.0]}
+    search = GridSearchCV(quick(classifier="image_density"), settings, cv=2)
+    assert search.fit(X, NAMES[Y]).best_score_ > 0.8
+    for parameters, message in (
+        ({"classifier": "images"}, "unknown classifier 'images': choose one of ensemble, image_"),
+        ({"classifier": "image_density", "share": -1.0}, "share must be"),
+        ({"classifier": "image_density", "strength": float("nan")}, "strength must be a finite number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quick(**parameters).fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_check_estimator_of_a_reader():
+    reader = CompositionalTransferClassifier(classifier="image_density", epochs=5)
+    expected = EXPECTED_FAILED_CHECKS | {
+        "check_fit2d_1feature": "directions of one feature are all alike, which a density refuses by name"
+    }
+    results = check_estimator(reader, expected_failed_checks=expected, on_skip=None)
+    assert sum(result["status"] == "passed" for result in results) > 40
 
 
 # ---------------------------------------------------------------- new classes
