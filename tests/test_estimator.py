@@ -161,6 +161,15 @@ def test_readers_are_the_classifiers_of_the_registry(name, kind, tmp_path):
         model.add_classes(-X[:3], ["fox"] * 3)
 
 
+@pytest.mark.parametrize(("name", "usual"), [("image_evidence", 0.25), ("image_density", 1.0)])
+def test_readers_have_a_usual_strength(name, usual):
+    found = quick(classifier=name).fit(X, Y, CENTRES).predict_proba(TEST)
+    expected = quick(classifier=name, strength=usual).fit(X, Y, CENTRES).predict_proba(TEST)
+    np.testing.assert_array_equal(found, expected)
+    other = quick(classifier=name, strength=0.5).fit(X, Y, CENTRES).predict_proba(TEST)
+    assert not np.allclose(found, other, atol=1e-3)
+
+
 def test_readers_work_in_a_search_and_refuse_bad_settings():
     settings = {"share": [0.4, 0.8], "strength": [0, 1.0]}
     search = GridSearchCV(quick(classifier="image_density"), settings, cv=2)
@@ -168,7 +177,10 @@ def test_readers_work_in_a_search_and_refuse_bad_settings():
     for parameters, message in (
         ({"classifier": "images"}, "unknown classifier 'images': choose one of ensemble, image_"),
         ({"classifier": "image_density", "share": -1.0}, "share must be"),
-        ({"classifier": "image_density", "strength": float("nan")}, "strength must be a finite number"),
+        (
+            {"classifier": "image_density", "strength": float("nan")},
+            "strength must be a finite number or None",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             quick(**parameters).fit(X, Y)
@@ -500,6 +512,8 @@ def rewritten(path, change) -> None:
 WRONG = {
     "version": (lambda d, t: d.update(format_version=2), "format version 2, this code reads 1"),
     "unknown parameter": (lambda d, t: d["parameters"].update(shell="rm"), "unexpected keyword"),
+    "no parameters": (lambda d, t: d.update(parameters=[]), "does not hold a stored classifier"),
+    "no samples to read": (lambda d, t: d["parameters"].update(classifier="image_density"), "features"),
     "missing entry": (lambda d, t: d.pop("scale"), "scale"),
     "other classes": (lambda d, t: d["classes"].pop(), "prototypes must have 4 rows"),
     "absurd type of labels": (lambda d, t: d.update(classes_type="U100000000"), "cannot be of the type"),
