@@ -8,7 +8,7 @@
 # Python reads code from this checkout and that environment alone: not from the current folder, the caller's
 # PYTHONPATH or the home folder.
 #
-#     PYTHON      the Python 3.11 to build .venv with (default: python3.11, python3, python)
+#     PYTHON      the Python, 3.11 to 3.14, to build .venv with (default: python3.11 to python3.14, python3, python)
 #     LT_DISK_GB  free disk space asked for, in GB (default 7, for the default torch build)
 
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP
@@ -27,8 +27,8 @@ unsatisfied_pins() {
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-if sys.version_info[:2] != (3, 11):
-    print("python 3.11")
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    print("python 3.11 to 3.14")
 with open(sys.argv[1], encoding="utf-8") as file:
     pins = [line.split("#")[0].strip() for line in file]
 for pin in filter(None, pins):
@@ -62,26 +62,26 @@ find_active() {
     return 1
 }
 
-is_python311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; }
+is_right_python() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; }
 
-# A Python 3.11 that can make virtual environments.
+# A Python 3.11 to 3.14 that can make virtual environments.
 find_python() {
     local candidate found=""
     if [ -n "${PYTHON:-}" ]; then
-        is_python311 "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11"
+        is_right_python "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11 to 3.14"
         found="$PYTHON"
     else
-        for candidate in python3.11 python3 python; do
-            if is_python311 "$candidate"; then
+        for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+            if is_right_python "$candidate"; then
                 found="$candidate"
                 break
             fi
         done
-        [ -n "$found" ] || fail "no Python 3.11 found: install it, or name one with PYTHON=/path/to/python3.11," \
+        [ -n "$found" ] || fail "no Python 3.11 to 3.14 found: install one, or name it with PYTHON=/path/to/python3.11," \
             "or use conda (environment.yml)"
     fi
     "$found" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
-        fail "$found cannot make environments: install its venv module (Debian, Ubuntu: the package python3.11-venv)"
+        fail "$found cannot make environments: install its venv module (Debian, Ubuntu: the package python3-venv)"
     say "$found"
 }
 
@@ -103,13 +103,13 @@ stamp() { { cat "$root/requirements.txt" "$root/pyproject.toml" && printf '%s' "
 
 is_complete() {
     [ -f "$root/.venv/.complete" ] && [ "$(cat "$root/.venv/.complete")" = "$(stamp)" ] &&
-        is_python311 "$root/.venv/bin/python"
+        is_right_python "$root/.venv/bin/python"
 }
 
 # An installation that was killed can leave a package that pip takes for installed: it has no RECORD yet.
 forget_half_installed() {
     local info
-    for info in "$root"/.venv/lib/python3.11/site-packages/*.dist-info; do
+    for info in "$root"/.venv/lib/python3.*/site-packages/*.dist-info; do
         if [ -d "$info" ] && ! [ -f "$info/RECORD" ]; then rm -rf "$info"; fi
     done
 }

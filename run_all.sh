@@ -3,7 +3,7 @@
 #
 #     ./run_all.sh
 #
-# Needs     Linux or macOS with Python 3.11 (or conda) and about 7 GB of disk. Two CPU cores and 4 GB of memory
+# Needs     Linux or macOS with Python 3.11 to 3.14 (or conda) and about 7 GB of disk. Two CPU cores and 4 GB of memory
 #           are enough; no GPU, no data set. The network is used once, to install requirements.txt into .venv
 #           (an active environment that satisfies the pins is used instead).
 # Takes     two minutes or more for the installation, once, and about eight for the notebooks. A second run with
@@ -25,7 +25,7 @@
 #   -p NAME=VALUE       set a notebook parameter (a folder of its own, too); may be repeated
 #   --help              this text
 #
-# Variables: LT_OUTPUT_ROOT (write elsewhere), PYTHON (the Python 3.11 to use), LT_DISK_GB (see environment.sh).
+# Variables: LT_OUTPUT_ROOT (write elsewhere), PYTHON (the Python to use), LT_DISK_GB (see environment.sh).
 # A smaller CPU build of torch: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, and LT_DISK_GB=2.
 
 set -euo pipefail

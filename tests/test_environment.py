@@ -310,8 +310,8 @@ def test_two_at_once_install_once(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is not a Python 3.11"),
-        ({"PYTHON": None, "PATH": "/nowhere"}, "no Python 3.11 found"),
+        ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is not a Python 3.11 to 3.14"),
+        ({"PYTHON": None, "PATH": "/nowhere"}, "no Python 3.11 to 3.14 found"),
         ({"LT_DISK_GB": "99999999"}, "needs about 99999999 GB of disk space"),
     ],
 )
