@@ -649,7 +649,8 @@ class Worker:
         executed = reports / f"{record.notebook}.ipynb"
         try:
             source = executed if executed.is_file() else task.notebook.path
-            site.render_notebook(source, reports / f"{record.notebook}.html", record, task.out)
+            target, whole = reports / f"{record.notebook}.html", task.options.only is None
+            site.render_notebook(source, target, record, task.out, whole)
         except Exception as error:  # a file that is no notebook has no report
             if record.status == "ok":
                 record.status, record.error = "failed", f"its report could not be written: {error}"

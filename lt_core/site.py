@@ -135,10 +135,11 @@ class ReportExporter(HTMLExporter):
         return boxed_tables(MarkdownWithMath(renderer=renderer).render(source))
 
 
-def render_notebook(source: Path, target: Path, record: Record, out: Path) -> None:
+def render_notebook(source: Path, target: Path, record: Record, out: Path, whole: bool = True) -> None:
     """Writes the executed notebook `source` as one HTML file beside the other pages of the report.
 
-    Its images link to their full-size files in the figures folder `out`, where they lie there.
+    Its images link to their full-size files in the figures folder `out`, where they lie there. whole: the
+    run makes all pages; of a part of them (a study has one) those that are not there are not linked.
     """
     notebook = nbformat.read(source, as_version=4)
     _prepare(
@@ -150,7 +151,7 @@ def render_notebook(source: Path, target: Path, record: Record, out: Path) -> No
         "error": record.what_went_wrong,
         "style": style(),
         "long": LONG_OUTPUT_LINES,
-        "around": neighbours(record.notebook),
+        "around": [p for p in neighbours(record.notebook) if whole or (target.parent / p[1]).is_file()],
         "contents": contents(notebook),
     }
     known = {"metadata": {"path": str(paths.NOTEBOOKS), "name": record.title}, "report": report}

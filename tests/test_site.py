@@ -55,14 +55,16 @@ def render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Renders cells and returns the page; pictures of the notebooks folder lie in tmp_path."""
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
 
-    def rendered(*cells: nbformat.NotebookNode, about: dict | None = None, **more: object) -> str:
+    def rendered(
+        *cells: nbformat.NotebookNode, about: dict | None = None, whole: bool = True, **more: object
+    ) -> str:
         (tmp_path / "scheme.png").write_bytes(b"picture")
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python"}}
         notebook = new_notebook(cells=list(cells), metadata=kernel | {"lt_core": about or {}})
         nbformat.write(notebook, tmp_path / "01_main.ipynb")
         target = tmp_path / "01_main.html"
         record = Record("01_main", "Main results", "ok", **more)
-        site.render_notebook(tmp_path / "01_main.ipynb", target, record, out=tmp_path)
+        site.render_notebook(tmp_path / "01_main.ipynb", target, record, out=tmp_path, whole=whole)
         return target.read_text(encoding="utf-8")
 
     return rendered
@@ -236,6 +238,15 @@ def test_a_page_has_its_contents_and_its_neighbours(render, tmp_path: Path) -> N
     assert addresses == ["index.html", "00_before.html", "02_after.html", "#section-1", "#section-2"]
     anchors = {attributes.get("id") for _, attributes in elements.all}
     assert {"section-1", "section-2"} <= anchors
+
+
+def test_a_run_of_some_notebooks_links_no_page_that_is_not_there(render, tmp_path: Path) -> None:
+    for name in ("00_before", "02_after"):
+        (tmp_path / f"{name}.ipynb").write_text("{}")
+    (tmp_path / "00_before.html").write_text("")
+    page = render(new_markdown_cell("# Main"), whole=False)
+    addresses = [attributes["href"] for attributes in Elements(page).named("a")]
+    assert addresses == ["index.html", "00_before.html"]
 
 
 # --- The index -----------------------------------------------------------------------------------------
