@@ -222,7 +222,8 @@ def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ProfileError, match="unknown profile 'tiny': choose one of digits, embedded, paper, small"
+        ProfileError,
+        match="unknown profile 'tiny': choose one of balanced, digits, double, embedded, half, paper, small",
     ):
         load("tiny", "sqrt")
     with pytest.raises(

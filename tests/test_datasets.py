@@ -16,6 +16,7 @@ from lt_core.checks import DataError, InputError
 from lt_core.data import official
 from lt_core.data.datasets import (
     FROM_IMAGES,
+    TINY_IMAGENET_SIZES,
     ImageSource,
     Listing,
     check_data,
@@ -60,6 +61,16 @@ def test_cifar100_lt_counts():
     counts = exponential_counts()
     assert counts.sum() == 10_547 and counts.max() == 480 and counts.min() == 5
     assert groups(counts) == [35, 34, 31]
+
+
+def test_a_list_is_part_of_every_larger_one_and_validation_images_stay_the_same():
+    files = [[f"{c}/{i}.png" for i in range(500)] for c in range(200)]
+    half, double, balanced = (long_tail_lists(files, counts) for counts in TINY_IMAGENET_SIZES.values())
+    today = long_tail_lists(files, pareto_counts())
+    assert [len(one["train"]) for one in (half, today, double, balanced)] == [5654, 11_198, 21_494, 96_000]
+    assert set(half["train"]) < set(today["train"]) < set(double["train"]) < set(balanced["train"])
+    assert half["val"] == today["val"] == double["val"] == balanced["val"]
+    assert not set(balanced["train"]) & set(balanced["val"])
 
 
 def test_lists_are_disjoint_and_as_long_as_the_rule_says():

@@ -96,7 +96,8 @@ def test_wrong_profiles_are_refused(tmp_path, old, new, message):
 
 def test_unknown_profile_lists_the_known_ones():
     with pytest.raises(
-        ProfileError, match="unknown profile 'big': choose one of digits, embedded, paper, small"
+        ProfileError,
+        match="unknown profile 'big': choose one of balanced, digits, double, embedded, half, paper, small",
     ):
         load_profile("big")
 

@@ -384,8 +384,14 @@ def tiny_imagenet_classes(source: ImageSource) -> tuple[list[str], list[str]]:
     return wnids, [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
 
 
-def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list[Record]]:
-    """Tiny-ImageNet-LT's lists from the full tree; test = the official validation images."""
+def tiny_imagenet_lists(
+    source: ImageSource, wnids: list[str], sorted_counts: np.ndarray | None = None
+) -> dict[str, list[Record]]:
+    """Tiny-ImageNet-LT's lists from the full tree, or those with other counts; test = the official
+    validation images.
+
+    A list with smaller counts is part of one with larger ones, and validation images are the same.
+    """
     folders = _by_folder(source)
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     test = []
@@ -395,7 +401,8 @@ def tiny_imagenet_lists(source: ImageSource, wnids: list[str]) -> dict[str, list
             raise DataError(f"val_annotations.txt in {source}, line {number}: no known class in {line!r}")
         test.append((f"val/images/{image}", label_of[wnid]))
     images = [folders[f"train/{wnid}/images"] for wnid in wnids]
-    return long_tail_lists(images, pareto_counts(len(wnids))) | {"test": test}
+    counts = pareto_counts(len(wnids)) if sorted_counts is None else sorted_counts
+    return long_tail_lists(images, counts) | {"test": test}
 
 
 def _tiny_imagenet(root: Path, name: str, names: list[str], size: int) -> Listing:
@@ -405,6 +412,14 @@ def _tiny_imagenet(root: Path, name: str, names: list[str], size: int) -> Listin
     if "balanced" in lists:
         lists["train"] = lists.pop("balanced")
     return Listing(name, source, lists, tuple(words), size, tuple(wnids))
+
+
+def _tiny_imagenet_of_size(root: Path, name: str, sorted_counts: np.ndarray) -> Listing:
+    """Tiny-ImageNet-LT with other counts, always by the rule: the full data set must be there."""
+    source = ImageSource(root, "tiny-imagenet-200")
+    wnids, words = tiny_imagenet_classes(source)
+    lists = tiny_imagenet_lists(source, wnids, sorted_counts)
+    return Listing(name, source, {split: lists[split] for split in SPLITS}, tuple(words), 64, tuple(wnids))
 
 
 def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
@@ -631,12 +646,22 @@ def _cifar_lt(root: Path, num_classes: int, imbalance: int) -> Dataset:
 # ---------------------------------------------------------------- data sets by name
 
 
+TINY_IMAGENET_SIZES = {
+    "tiny_imagenet_lt_half": (pareto_counts() + 1) // 2,
+    "tiny_imagenet_lt_double": np.minimum(2 * pareto_counts(), 480),  # the other 20 are for validation
+    "tiny_imagenet_480": np.full(200, 480),
+}
 FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS, 64),
     # Pre-training for the 32 px images of CIFAR.
     "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
         root, "tiny_imagenet_balanced", ["balanced", "val"], 32
     ),
+    # What more data changes: half and twice the images of each class, and as many of each as there are.
+    **{
+        name: partial(_tiny_imagenet_of_size, name=name, sorted_counts=counts)
+        for name, counts in TINY_IMAGENET_SIZES.items()
+    },
     "cifar100_lt": _cifar100_lt,
     "imagenet_lt": lambda root: _official(root, "imagenet_lt"),
     "places_lt": lambda root: _official(root, "places_lt"),
