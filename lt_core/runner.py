@@ -510,9 +510,9 @@ def run_tasks(tasks: list[Task], options: Options, account: Path) -> dict[str, R
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 futures: list[Future[Record]] = []
+                judges = sum(task.notebook.first for task in order)
                 for task in order:
-                    judges = futures[: sum(one.notebook.first for one in order)]
-                    after = judges if task.notebook.declared.get("claims") else []
+                    after = futures[:judges] if task.notebook.declared.get("claims") else []
                     futures.append(pool.submit(worker.run, task, after))
                 for future in as_completed(futures):
                     record = future.result()

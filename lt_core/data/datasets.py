@@ -408,21 +408,20 @@ def tiny_imagenet_lists(
     return long_tail_lists(images, counts) | {"test": test}
 
 
-def _tiny_imagenet(root: Path, name: str, names: list[str], size: int) -> Listing:
+def _tiny_imagenet(
+    root: Path, name: str, names: list[str], size: int, sorted_counts: np.ndarray | None = None
+) -> Listing:
+    """Tiny-ImageNet-LT; with other counts always by the rule, for which the full data set must be there."""
     source = ImageSource(root, "tiny-imagenet-200")
     wnids, words = tiny_imagenet_classes(source)
-    lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
+    if sorted_counts is None:
+        lists = _listed(root, "TinyImageNet_LT", names, lambda: tiny_imagenet_lists(source, wnids))
+    else:
+        made = tiny_imagenet_lists(source, wnids, sorted_counts)
+        lists = {split: made[split] for split in names}
     if "balanced" in lists:
         lists["train"] = lists.pop("balanced")
     return Listing(name, source, lists, tuple(words), size, tuple(wnids))
-
-
-def _tiny_imagenet_of_size(root: Path, name: str, sorted_counts: np.ndarray) -> Listing:
-    """Tiny-ImageNet-LT with other counts, always by the rule: the full data set must be there."""
-    source = ImageSource(root, "tiny-imagenet-200")
-    wnids, words = tiny_imagenet_classes(source)
-    lists = tiny_imagenet_lists(source, wnids, sorted_counts)
-    return Listing(name, source, {split: lists[split] for split in SPLITS}, tuple(words), 64, tuple(wnids))
 
 
 def cifar100_lists(source: ImageSource, classes: list[str]) -> dict[str, list[Record]]:
@@ -679,7 +678,7 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     ),
     # What more data changes: half and twice the images of each class, and as many of each as there are.
     **{
-        name: partial(_tiny_imagenet_of_size, name=name, sorted_counts=counts)
+        name: partial(_tiny_imagenet, name=name, names=SPLITS, size=64, sorted_counts=counts)
         for name, counts in TINY_IMAGENET_SIZES.items()
     },
     "cifar100_lt": _cifar100_lt,
