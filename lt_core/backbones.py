@@ -13,6 +13,7 @@ import logging
 import math
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +36,7 @@ from lt_core.cache import (
     save_cache,
 )
 from lt_core.checks import CacheError, TrainingError
-from lt_core.data.datasets import Dataset, Split, load_dataset
+from lt_core.data.datasets import SPLITS, Dataset, Split, load_dataset
 from lt_core.data.distributed import shared_features
 from lt_core.data.image_files import ImageFiles
 from lt_core.data.profiles import FILES, Backbone, Pretraining, Profile, Recipe, load_profile
@@ -262,11 +263,12 @@ def train_backbone(
     else:
         run = run_folder(profile, job.name, job.backbone, seed, job.data)
         loss = build_loss(job.backbone.loss, job.data.counts[job.kept], **job.backbone.loss_options)
+        start = {} if job.backbone.start == "scratch" else {"start_accuracy": start_accuracy(job)}
         seconds = time.monotonic() - started
         data = only_classes(job.data, job.kept)
         history = fit(job.model, data, job.recipe, job.backbone.sampler, loss, seed, run, job.machine)
         seconds += load_checkpoint(run / "last.pt")["seconds"]  # of the calls that were killed, too
-        write_cache(job, folder, run / "best.pt", history, seconds=round(seconds, 1))
+        write_cache(job, folder, run / "best.pt", history, **start, seconds=round(seconds, 1))
     log.info("%s/%s seed %d: %s; cache in %s", profile.name, name, seed, summary_line(folder), folder)
     return folder
 
@@ -381,11 +383,12 @@ def only_classes(data: Dataset, kept: Tensor) -> Dataset:
 # ---------------------------------------------------------------- extraction and the cache
 
 
-def extract_splits(network: nn.Module, job: Job) -> dict[str, Tensor]:
+def extract_splits(network: nn.Module, job: Job, splits: Sequence[str] = SPLITS) -> dict[str, Tensor]:
     """Features [M, F] of each split, without augmentation: of files by all processes together."""
     size, machine = job.recipe.input_size, job.machine
     features = {}
-    for name, split in job.data.splits.items():
+    for name in (name for name in splits if name in job.data.splits):
+        split = job.data.splits[name]
         if isinstance(split.images, ImageFiles):
 
             def blocks(rows: slice, images: ImageFiles = split.images) -> Any:
@@ -396,6 +399,20 @@ def extract_splits(network: nn.Module, job: Job) -> dict[str, Tensor]:
         else:
             features[name] = extract_features(network, split.images, size, machine)
     return features
+
+
+def start_accuracy(job: Job) -> float:
+    """Total accuracy (percent) of prototypes on validation images with the weights that training starts from.
+
+    Claims about kinds of pre-training are tested where this is about the same for both.
+    """
+    network = job.model.backbone.to(job.machine.device, memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]):  # training draws the same numbers whether this runs or not
+        features = extract_splits(network, job, ("train", "val"))
+    labels = {name: job.data.splits[name].labels for name in features}
+    means = prototypes(features["train"], labels["train"], job.data.num_classes)
+    found = cosine_logits(features["val"], means).argmax(1)
+    return round(group_accuracy(found, labels["val"], job.data.counts)["total"], 2)
 
 
 def project(features: dict[str, Tensor], dims: int) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -18,7 +18,7 @@ from lt_core.data.profiles import load_profile
 from lt_core.metrics import group_accuracy
 from lt_core.models import build_backbone
 from lt_core.train import extract_features, load_checkpoint, this_machine
-from lt_core.transfer import prototypes
+from lt_core.transfer import cosine_logits, prototypes
 
 
 def run(command: str, profile: str, backbone: str, *words: object) -> int:
@@ -112,6 +112,23 @@ def test_a_frozen_backbone_keeps_the_weights_of_its_pretraining(digits):
     assert ((stored - features).abs().amax(1) <= features.abs().amax(1) / 250).all()  # int8
     best = cache.meta["history"][cache.meta["epoch_of_best"] - 1]["val_accuracy"]
     assert best == max(entry["val_accuracy"] for entry in cache.meta["history"])
+
+
+def test_what_prototypes_reach_before_fine_tuning_is_stated(digits):
+    cache = load("digits", "simclr_sqrt")
+    (weights,) = (paths.runs() / "letters" / "simclr").glob("seed0-*/backbone.pt")
+    network = build_backbone("digits_net")
+    network.load_state_dict(load_checkpoint(weights)["backbone"])
+    splits = load_dataset("digits").splits
+    features = {s: extract_features(network, splits[s].images, 0, this_machine()) for s in ("train", "val")}
+    found = cosine_logits(features["val"], prototypes(features["train"], splits["train"].labels, 10)).argmax(
+        1
+    )
+    expected = group_accuracy(found, splits["val"].labels, cache.counts)["total"]
+    assert cache.meta["start_accuracy"] == pytest.approx(expected, abs=0.01)
+    row = results.measure("digits", [f"simclr_sqrt/{results.START}"]).loc[f"simclr_sqrt/{results.START}"]
+    assert results.estimates(row).value.tolist() == [cache.meta["start_accuracy"]]
+    assert "start_accuracy" not in load("digits", "sqrt").meta  # from scratch
 
 
 def test_seeds_that_are_shown(digits, capsys):
@@ -255,8 +272,8 @@ def test_only_profiles_that_do_not_train_read_the_shipped_caches(tmp_path):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
         ProfileError,
-        match="unknown profile 'tiny': choose one of balanced, digits, double, embedded, half, "
-        "inaturalist, paper, small, weight_decay",
+        match="unknown profile 'tiny': choose one of balanced, bfloat16, digits, double, embedded, "
+        "half, inaturalist, paper, small, twins, weight_decay",
     ):
         load("tiny", "sqrt")
     with pytest.raises(

@@ -94,8 +94,8 @@ def test_wrong_profiles_are_refused(tmp_path, old, new, message):
 def test_unknown_profile_lists_the_known_ones():
     with pytest.raises(
         ProfileError,
-        match="unknown profile 'big': choose one of balanced, digits, double, embedded, half, "
-        "inaturalist, paper, small, weight_decay",
+        match="unknown profile 'big': choose one of balanced, bfloat16, digits, double, embedded, half, "
+        "inaturalist, paper, small, twins, weight_decay",
     ):
         load_profile("big")
 

@@ -681,6 +681,13 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
         name: partial(_tiny_imagenet, name=name, names=SPLITS, size=64, sorted_counts=counts)
         for name, counts in TINY_IMAGENET_SIZES.items()
     },
+    "tiny_imagenet_480_32px": partial(
+        _tiny_imagenet,
+        name="tiny_imagenet_480_32px",
+        names=["train", "val"],
+        size=32,
+        sorted_counts=np.full(200, 480),
+    ),
     "cifar100_lt": _cifar100_lt,
     "imagenet_lt": lambda root: _official(root, "imagenet_lt"),
     "places_lt": lambda root: _official(root, "places_lt"),
