@@ -176,6 +176,11 @@ def study_features(file: Path, options: Options) -> int:
     Also `weights` [N, F] and `scale` of a trained cosine classifier, and `class_names` [N]. Labels are
     numbers or texts.
     """
+    return _report(_written_as_cache(file, options), options, None)
+
+
+def _written_as_cache(file: Path, options: Options) -> Path:
+    """The arrays as the cache of a study, whose profile is returned: the report reads them from there."""
     arrays = _read_arrays(file)
     name = _plain(file.stem)
     splits = {
@@ -199,7 +204,7 @@ def study_features(file: Path, options: Options) -> int:
         | {"hardware": f"the features of {file.name}"}
     )
     save_cache(out / "caches" / backbones.cache_place(chosen_profile, BACKBONE, 0), cache)
-    return _report(profile, options, None)
+    return profile
 
 
 def _plain(name: str) -> str:
