@@ -11,11 +11,14 @@ train_vs_imagefolder  images/s of `fit` over the loop that the field's repositor
 bfloat16_vs_imagefolder  the same with `precision = "bfloat16"` in the recipe. Aim 2 on a processor that has
                       instructions for it (avx512_bf16, amx_bf16); on a GPU it is the same precision.
 extract_vs_bare       images/s of feature extraction over the bare forward pass. Aim 0.95.
+study_vs_bare NAME    the same for JPEG files, as `study` reads them, and that network at 224 pixels: reading,
+                      decoding and cropping included, 2 ms an image. Aim 0.95, where a network takes 40 ms.
 peak_gib              largest resident memory of a whole training process (data set included), 2 epochs
 peak_growth           the same with 6 epochs over 2 epochs: 1.0 when memory does not grow with epochs
 
 The two of a pair are interleaved and their medians compared. Uses Tiny-ImageNet-LT where LT_DATA_ROOT names
-a data root, else generated images of the same shape. The last line is one JSON object with the ratios.
+a data root, and the 200 photographs of its imagenet-sample-200.tar for `study_vs_bare`; else generated images
+of the same shape. The last line is one JSON object with the ratios.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from gpu import data_of, photographs
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,11 +46,13 @@ from torchvision.datasets import ImageFolder
 from lt_core.checks import DataError
 from lt_core.data.augmentation import augment, to_pixels
 from lt_core.data.datasets import Dataset, Split, load_dataset
+from lt_core.data.image_files import ImageFiles, evaluation_batches
 from lt_core.data.profiles import Augmentation, Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.train import Machine, build_optimiser, extract_features, fit, step_generator, this_machine
 
+PHOTOGRAPHS, STUDIED = 200, ("efficientnet_lite0", "timm:resnet50")
 FIELD = Augmentation(random_resized_crop=0.08, flip=True, colour_jitter=0.4)
 
 
@@ -117,6 +123,21 @@ def bare_steps(model: Model, data: Dataset, recipe: Recipe, machine: Machine) ->
             optimiser.zero_grad()
 
     return steps
+
+
+def extraction_of_files(
+    network: str, files: ImageFiles, machine: Machine
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Extraction from files by a network at its own size, and its bare forward pass on the same pixels."""
+    backbone = build_backbone(network).to(machine.device, memory_format=torch.channels_last).eval()
+    resident = list(evaluation_batches(files, backbone.input_size, machine))
+
+    def forward() -> None:
+        with torch.inference_mode(), machine.autocast():
+            for pixels in resident:
+                backbone(pixels)
+
+    return lambda: extract_features(backbone, files, backbone.input_size, machine), forward
 
 
 def peer_epoch(folder: Path, num_classes: int, recipe: Recipe, device: torch.device) -> Callable[[], None]:
@@ -229,6 +250,13 @@ def main() -> None:
         lambda: extract_features(model.backbone, some, 0, machine), bare_forward, options.repeats
     )
 
+    studies = {}
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(Path(folder), None)
+        files = data_of(Path(folder), PHOTOGRAPHS).splits["train"].images
+        for name in STUDIED:
+            studies[name] = interleaved(*extraction_of_files(name, files, machine), options.repeats)
+
     jittered = recipe.model_copy(update={"augmentation": FIELD})
     with tempfile.TemporaryDirectory() as folder:
         write_folder(part.splits["train"], Path(folder))
@@ -246,20 +274,22 @@ def main() -> None:
                 options.repeats,
             )
 
-    print(f"{'images/s':24}{'ours':>10}{'other':>10}{'ratio':>8}")
+    print(f"{'images/s':28}{'ours':>10}{'other':>10}{'ratio':>8}")
     for name, count, ours, other in (
         ("training, bare step", number, loop_s, bare_s),
         ("training, ImageFolder", number, same_s, peer_s),
         ("bfloat16, ImageFolder", number, narrow_s, slow_s),
         ("extraction, bare", len(some), extract_s, forward_s),
+        *((f"files, {network}", PHOTOGRAPHS, *times) for network, times in studies.items()),
     ):
-        print(f"{name:24}{count / ours:10.0f}{count / other:10.0f}{other / ours:8.3f}")
+        print(f"{name:28}{count / ours:10.0f}{count / other:10.0f}{other / ours:8.3f}")
     print(f"peak memory {short:.2f} GiB with 2 epochs, {long:.2f} GiB with 6")
     ratios = {
         "train_vs_bare": bare_s / loop_s,
         "train_vs_imagefolder": peer_s / same_s,
         "bfloat16_vs_imagefolder": slow_s / narrow_s,
         "extract_vs_bare": forward_s / extract_s,
+        **{f"study_vs_bare {network}": bare / whole for network, (whole, bare) in studies.items()},
         "peak_gib": short,
         "peak_growth": long / short,
     }

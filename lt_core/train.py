@@ -38,7 +38,12 @@ from lt_core.checks import CacheError, InputError, TrainingError, first_line, nu
 from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.distributed import synchronise_batch_norms
-from lt_core.data.image_files import ImageFiles, evaluation_batches, training_batches
+from lt_core.data.image_files import (
+    EVALUATION_BATCH,
+    ImageFiles,
+    evaluation_batches,
+    training_batches,
+)
 from lt_core.data.profiles import Recipe
 from lt_core.losses import Loss
 from lt_core.models import ContrastiveHead, Model, at_least_float32
@@ -194,8 +199,7 @@ def feature_batches(
     if isinstance(images, ImageFiles):
         loader = evaluation_batches(images, input_size, machine, times)
     else:
-        batch = 64 if machine.device.type == "cpu" else 256  # what the caches of a CPU hold
-        chunks = (chunk for _ in range(times) for chunk in images.split(batch))
+        chunks = (c for _ in range(times) for c in images.split(EVALUATION_BATCH[machine.device.type]))
         loader = (resize(to_pixels(chunk.to(machine.device)), input_size) for chunk in chunks)
     for pixels in loader:
         with machine.autocast():

@@ -228,7 +228,7 @@ def job(tree):
 def test_a_killed_extraction_goes_on_where_it_stopped(job, monkeypatch):
     expected = backbones.extract_splits(job.model.backbone, job)
     monkeypatch.setattr(study, "SHARD", 16)
-    monkeypatch.setattr("lt_core.data.image_files.EVALUATION_BATCH", 8)
+    monkeypatch.setattr("lt_core.data.image_files.EVALUATION_BATCH", {"cpu": 8})
     seen: list[int] = []
     whole = study.feature_batches
 
