@@ -182,10 +182,15 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, self.counts_ = classes, counts
         self.prototypes_, self.weights_ = means.numpy(), weights.numpy(force=True).copy()
         self.classifiers_ = torch.stack(built).numpy()
+        self._settle()
         if self.classifier in READERS:
             self.features_, self.labels_ = normalize("X", as_tensor("X", X)).float().numpy(), labels
             self._reader = self._made_reader()
         return self
+
+    def _settle(self) -> None:
+        """Keep what this fit is of: as everywhere in scikit-learn, `set_params` changes the next one."""
+        self.classifier_, self.share_, self.strength_ = self.classifier, self.share, self.strength
 
     def partial_fit(self, X: object, y: object, classes: object | None = None) -> Self:
         """`fit` the first time, `add_classes` afterwards: labels must then be new. classes is not needed."""
@@ -200,8 +205,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X, y = validate_data(self, _plain_array(X_new), _plain_array(y_new), reset=False, dtype=FLOATS)
-        if self.classifier in READERS:
-            raise InputError(f"{self.classifier} takes no new classes, classifier='ensemble' does")
+        if self.classifier_ in READERS:
+            raise InputError(f"{self.classifier_} takes no new classes, classifier='ensemble' does")
         check_classification_targets(y)
         new, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
         if _is_text(new) != _is_text(self.classes_):
@@ -244,7 +249,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
 
     def _made_reader(self) -> Logits:
         """The classifier that reads the training samples: directions [M, F] -> logits [M, N]."""
-        prepare, build = READERS[self.classifier]
+        prepare, build = READERS[self.classifier_]
         cache = FeatureCache(
             weights=torch.from_numpy(self.weights_).float(),
             scale=self.scale_,
@@ -253,8 +258,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             splits={"train": (torch.from_numpy(self.features_), torch.from_numpy(self.labels_))},
             meta={},
         )
-        strength = STRENGTH[self.classifier] if self.strength is None else self.strength
-        return build(prepare(cache), check_positive("share", self.share), strength)
+        strength = STRENGTH[self.classifier_] if self.strength_ is None else self.strength_
+        return build(prepare(cache), check_positive("share", self.share_), strength)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the reader, which is made again of the rest."""
@@ -262,11 +267,11 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "features_" in state:
+        if state.get("classifier_") in READERS:
             self._reader = self._made_reader()
 
     def _probabilities(self, features: object) -> torch.Tensor:
-        if self.classifier in READERS:
+        if self.classifier_ in READERS:
             directions = normalize("X", as_tensor("X", features)).float()
             return self._reader(directions).softmax(dim=1)
         return ensemble_probabilities(features, list(self.classifiers_), self.scale_)
@@ -297,7 +302,8 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         description = {
             "format_version": FORMAT_VERSION,
-            "parameters": self.get_params(),
+            "parameters": self.get_params()
+            | {"classifier": self.classifier_, "share": self.share_, "strength": self.strength_},
             "classes": self.classes_.tolist(),
             "classes_type": "str" if self.classes_.dtype.kind == "U" else self.classes_.dtype.name,
             "ensemble_k": self.ensemble_k_,
@@ -308,7 +314,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
             text = json.dumps(description, default=_plain)
         except TypeError as error:
             raise InputError(f"the classifier cannot be stored: {error}") from None
-        names = _stored(self.classifier)
+        names = _stored(self.classifier_)
         tensors = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in names}
         with paths.atomic(Path(path)) as temporary:
             temporary.write_bytes(save(tensors, {"json": text, "sha256": _sha256(tensors, text)}))
@@ -341,6 +347,7 @@ class CompositionalTransferClassifier(ClassifierMixin, BaseEstimator):
         model.classes_ = np.array(description["classes"], dtype=_plain_type(description["classes_type"]))
         model.ensemble_k_ = tuple(description["ensemble_k"])
         model.scale_ = check_positive("scale", description["scale"])
+        model._settle()
         rows, columns = tensors["prototypes"].shape
         check_matrix("prototypes", tensors["prototypes"], len(model.classes_))
         check_counts("counts", tensors["counts"], rows)

@@ -36,7 +36,7 @@ from lt_core.checks import InputError, check_matrix
 from lt_core.transfer import knowledge_transfer, normalize
 
 PARTS = ("transfer", "density", "votes", "balance")
-K, HALF = 20, 0.5  # transfer: from classes with more images; weight of p and t beside w
+K, HALF = 20, 0.5  # transfer: from classes with more images (if there are none, all); weight of p, t beside w
 SHARPNESS, SHRINKAGE = 20.0, 0.1  # density: of the kernel; of the covariance towards a multiple of 1
 WIDTH, RIDGE, VOTES = 1500, 0.1, 8.0  # votes: random features; ridge in mean eigenvalues; weight beside g
 TEMPERATURE = 3.0  # of the balance
@@ -187,7 +187,8 @@ class Evidence:
         """Raises CacheError without training features, InputError for bad ones or classes without weights."""
         features, labels = training(cache)
         weights = check_matrix("weights", cache.weights)
-        transfer = knowledge_transfer(cache.prototypes, weights, cache.counts, K)
+        k = K if cache.counts.max() > K else 0
+        transfer = knowledge_transfer(cache.prototypes, weights, cache.counts, k)
         self.weights = normalize("weights", weights)
         borrowed = normalize("prototypes", cache.prototypes) + normalize("transfer", transfer)
         self.rows = normalize("rows", self.weights + HALF * borrowed)

@@ -186,9 +186,28 @@ def test_readers_work_in_a_search_and_refuse_bad_settings():
             quick(**parameters).fit(X, Y)
 
 
+@pytest.mark.parametrize("first", ["ensemble", "image_density"])
+def test_set_params_changes_the_next_fit(first, tmp_path):
+    """As everywhere in scikit-learn: what is fitted stays as it is, also pickled and stored."""
+    model = quick(classifier=first, strength=0.5).fit(X, Y, CENTRES)
+    expected = model.predict_proba(TEST)
+    model.set_params(classifier="image_evidence", strength=1.0, share=0.8)
+    model.save(tmp_path / "model")
+    for one in (
+        model,
+        pickle.loads(pickle.dumps(model)),
+        CompositionalTransferClassifier.load(tmp_path / "model"),
+    ):
+        np.testing.assert_array_equal(one.predict_proba(TEST), expected)
+    assert not np.allclose(model.fit(X, Y, CENTRES).predict_proba(TEST), expected, atol=1e-3)
+    back = model.set_params(classifier="ensemble").fit(X, Y, CENTRES)
+    np.testing.assert_array_equal(back.predict_proba(TEST), quick().fit(X, Y, CENTRES).predict_proba(TEST))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_check_estimator_of_a_reader():
-    reader = CompositionalTransferClassifier(classifier="image_density", epochs=5)
+@pytest.mark.parametrize("name", ["image_evidence", "image_density"])
+def test_check_estimator_of_a_reader(name):
+    reader = CompositionalTransferClassifier(classifier=name, epochs=5)
     expected = EXPECTED_FAILED_CHECKS | {
         "check_fit2d_1feature": "directions of one feature are all alike, which a density refuses by name"
     }
