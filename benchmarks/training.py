@@ -13,6 +13,8 @@ bfloat16_vs_imagefolder  the same with `precision = "bfloat16"` in the recipe. A
 extract_vs_bare       images/s of feature extraction over the bare forward pass. Aim 0.95.
 study_vs_bare NAME    the same for JPEG files, as `study` reads them, and that network at 224 pixels: reading,
                       decoding and cropping included, 2 ms an image. Aim 0.95, where a network takes 40 ms.
+loader_vs_decode      photographs/s that one worker hands over, cropped at random for training, over decoding
+                      and cropping alone: what the loader costs. Aim 0.9.
 peak_gib              largest resident memory of a whole training process (data set included), 2 epochs
 peak_growth           the same with 6 epochs over 2 epochs: 1.0 when memory does not grow with epochs
 
@@ -33,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,13 +49,13 @@ from torchvision.datasets import ImageFolder
 from lt_core.checks import DataError
 from lt_core.data.augmentation import augment, to_pixels
 from lt_core.data.datasets import Dataset, Split, load_dataset
-from lt_core.data.image_files import ImageFiles, evaluation_batches
+from lt_core.data.image_files import Crops, ImageFiles, evaluation_batches, training_batches
 from lt_core.data.profiles import Augmentation, Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
 from lt_core.train import Machine, build_optimiser, extract_features, fit, step_generator, this_machine
 
-PHOTOGRAPHS, STUDIED = 200, ("efficientnet_lite0", "timm:resnet50")
+LOADED, PHOTOGRAPHS, STUDIED = 1000, 200, ("efficientnet_lite0", "timm:resnet50")
 FIELD = Augmentation(random_resized_crop=0.08, flip=True, colour_jitter=0.4)
 
 
@@ -138,6 +141,25 @@ def extraction_of_files(
                 backbone(pixels)
 
     return lambda: extract_features(backbone, files, backbone.input_size, machine), forward
+
+
+def loading(files: ImageFiles, machine: Machine) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Training batches of files from one worker, and the same crops made one after the other."""
+    recipe = load_profile("paper").recipes["from_scratch"]
+    how = recipe.augmentation.model_copy(update={"colour_jitter": 0.0})  # colours are the device's work
+    recipe, machine = recipe.model_copy(update={"augmentation": how}), replace(machine, workers=1)
+    batches = torch.arange(len(files)).split(50)
+    crops = Crops(files, recipe.input_size, how)
+
+    def load() -> None:
+        for _ in training_batches(files, [(0, 0, torch.stack(batches))], recipe, 0, machine):
+            pass
+
+    def decode() -> None:
+        for row in range(len(files)):
+            crops[row, (0, 0, row, 0)]
+
+    return load, decode
 
 
 def peer_epoch(folder: Path, num_classes: int, recipe: Recipe, device: torch.device) -> Callable[[], None]:
@@ -256,6 +278,8 @@ def main() -> None:
         files = data_of(Path(folder), PHOTOGRAPHS).splits["train"].images
         for name in STUDIED:
             studies[name] = interleaved(*extraction_of_files(name, files, machine), options.repeats)
+        many = data_of(Path(folder), LOADED).splits["train"].images
+        load_s, decode_s = interleaved(*loading(many, machine), options.repeats)
 
     jittered = recipe.model_copy(update={"augmentation": FIELD})
     with tempfile.TemporaryDirectory() as folder:
@@ -280,6 +304,7 @@ def main() -> None:
         ("training, ImageFolder", number, same_s, peer_s),
         ("bfloat16, ImageFolder", number, narrow_s, slow_s),
         ("extraction, bare", len(some), extract_s, forward_s),
+        ("loading, decoding", LOADED, load_s, decode_s),
         *((f"files, {network}", PHOTOGRAPHS, *times) for network, times in studies.items()),
     ):
         print(f"{name:28}{count / ours:10.0f}{count / other:10.0f}{other / ours:8.3f}")
@@ -289,6 +314,7 @@ def main() -> None:
         "train_vs_imagefolder": peer_s / same_s,
         "bfloat16_vs_imagefolder": slow_s / narrow_s,
         "extract_vs_bare": forward_s / extract_s,
+        "loader_vs_decode": decode_s / load_s,
         **{f"study_vs_bare {network}": bare / whole for network, (whole, bare) in studies.items()},
         "peak_gib": short,
         "peak_growth": long / short,
