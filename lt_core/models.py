@@ -17,6 +17,7 @@ from torch.nn.functional import linear, normalize
 
 from lt_core.checks import InputError, unknown
 from lt_core.data.distributed import mean_over_processes, whole_batch
+from lt_core.data.image_files import CENTRE
 from lt_core.rsg import RSG
 from lt_core.transfer import SCALE
 
@@ -165,8 +166,9 @@ class Model(nn.Module):
 class Normalised(nn.Module):
     """(pixel - mean) / std per channel, then the network.
 
-    input_size: side in pixels of the images that the network was made for. last_stage: name of the part that
-    halves the resolution last, which RSG needs; empty: not known.
+    input_size: side in pixels of the images that the network was made for; centre: of the square that a test
+    image is cut to, as a part of the shorter side. last_stage: name of the part that halves the resolution
+    last, which RSG needs; empty: not known.
     """
 
     def __init__(
@@ -177,11 +179,12 @@ class Normalised(nn.Module):
         mean: list[float],
         std: list[float],
         input_size: int,
+        centre: float = CENTRE,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_features = num_features
-        self.input_size = input_size
+        self.input_size, self.centre = input_size, centre
         self._last_stage = last_stage
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -277,7 +280,7 @@ TIMM = "timm:"  # what a network of timm is called: `timm:vit_small_patch14_dino
 
 
 def _timm(name: str) -> nn.Module:
-    """A network of timm with random weights: mean, deviation and size as timm's configuration states them."""
+    """A network of timm with random weights: mean, deviation, size and test cut as timm states them."""
     import timm
 
     if name.partition(".")[0] not in timm.list_models():
@@ -290,7 +293,7 @@ def _timm(name: str) -> nn.Module:
     known = timm.data.resolve_model_data_config(network)
     mean, std = ([255 * value for value in known[which]] for which in ("mean", "std"))
     num_features = getattr(network, "head_hidden_size", network.num_features)
-    return Normalised(network, num_features, "", mean, std, known["input_size"][1])
+    return Normalised(network, num_features, "", mean, std, known["input_size"][1], known["crop_pct"])
 
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {

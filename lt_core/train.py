@@ -39,6 +39,7 @@ from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.distributed import synchronise_batch_norms
 from lt_core.data.image_files import (
+    CENTRE,
     EVALUATION_BATCH,
     ImageFiles,
     evaluation_batches,
@@ -197,7 +198,8 @@ def feature_batches(
     """
     backbone.eval()
     if isinstance(images, ImageFiles):
-        loader = evaluation_batches(images, input_size, machine, times)
+        centre = getattr(backbone, "centre", CENTRE)
+        loader = evaluation_batches(images, input_size, machine, times, centre)
     else:
         chunks = (c for _ in range(times) for c in images.split(EVALUATION_BATCH[machine.device.type]))
         loader = (resize(to_pixels(chunk.to(machine.device)), input_size) for chunk in chunks)

@@ -165,6 +165,10 @@ def test_a_test_image_is_its_central_square(files):
         expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=corners))
     assert torch.equal(pixels[3].permute(1, 2, 0), torch.from_numpy(expected.copy()).float())
 
+    # Of a network that was made for the whole square
+    whole = next(evaluation_batches(files, 24, machine(), centre=1.0))
+    assert torch.equal(whole[3], files.pixels(3, 24, centre=1.0).float()) and not torch.equal(whole, pixels)
+
 
 def test_other_formats_and_colours_are_decoded(tmp_path):
     """ImageNet has a PNG and CMYK files under .JPEG names."""

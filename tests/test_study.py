@@ -311,7 +311,14 @@ def test_a_study_of_a_network_of_timm_with_a_file_of_weights(tree, tmp_path, wit
     model = load_model(out / "model")
     assert torch.equal(model.backbone.network.norm.weight, network.network.norm.weight)
     assert (model.config["network"], model.config["input_size"]) == ("timm:vit_tiny_patch16_224", 32)
-    scores = model(model.pixels(tree / "test" / "bee" / "0.png"))
+    image = tree / "test" / "bee" / "0.png"
+    scores = model(model.pixels(image))
+    (cache_file,) = (out / "caches").rglob("meta.json")
+    features = model.backbone(model.pixels(image))
+    stored = load_cache(cache_file.parent).features("test")
+    errors = (stored - features).abs().amax(1) / features.abs().max()
+    assert errors.min() < 0.01  # int8: extraction cut the image as the exported model does
+    assert model.config["centre"] == 0.9  # as timm states it
     assert scores.shape == (1, 3) and model.class_names == ["ant", "bee", "cat"]
 
 

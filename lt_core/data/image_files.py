@@ -27,7 +27,8 @@ from lt_core.checks import DataError, InputError, TrainingError
 from lt_core.data.augmentation import apply_jitter
 from lt_core.data.profiles import Augmentation, Recipe
 
-CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256
+CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256;
+# a network may have been made for another (`Normalised.centre`)
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10  # of random crops; boxes that are drawn until one fits
 EVALUATION_BATCH = {"cuda": 256, "cpu": 64}  # images; larger ones leave a processor's caches
 PIECE = 32  # images that a worker makes at once, whatever the batch: 5 MB of shared memory
@@ -59,9 +60,9 @@ class ImageFiles:
     def __getitem__(self, rows: Tensor | slice) -> ImageFiles:
         return ImageFiles(self.folder, self.names[rows if isinstance(rows, slice) else rows.numpy()])
 
-    def pixels(self, row: int, size: int) -> Tensor:
+    def pixels(self, row: int, size: int, centre: float = CENTRE) -> Tensor:
         """One image as evaluation sees it: uint8 [3, S, S], its central square. Raises DataError."""
-        return Crops(self, size)[row, None][0]
+        return Crops(self, size, centre=centre)[row, None][0]
 
     def check(self, sample: int) -> None:
         """Decode `sample` images, evenly spaced; raises DataError naming one that cannot be read."""
@@ -85,12 +86,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
 class Crops(TorchDataset):
     """Crops of `files` [M]: crops[row, key] gives pixels uint8 [3, S, S] and colour changes [4]."""
 
-    def __init__(self, files: ImageFiles, size: int, how: Augmentation | None = None) -> None:
+    def __init__(
+        self, files: ImageFiles, size: int, how: Augmentation | None = None, centre: float = CENTRE
+    ) -> None:
         if not size:
             raise InputError("images in files need an input_size in the recipe")
         if how is not None and how.crop_padding:
             raise InputError("crop_padding is for images in memory: use random_resized_crop for files")
-        self.files, self.size, self.how = files, size, how
+        self.files, self.size, self.how, self.centre = files, size, how, centre
 
     def __getitem__(self, crop: Crop) -> tuple[Tensor, Tensor]:
         row, key = crop
@@ -109,7 +112,7 @@ class Crops(TorchDataset):
 
     def _choices(self, image: Image.Image, key: Key | None) -> tuple[tuple[float, ...], bool, Tensor]:
         """The box to cut (top, left, height, width), whether it is mirrored, and colour changes [4]."""
-        box, mirrored, jitter = central_square(image.size), False, (1.0, 1.0, 1.0, 0.0)
+        box, mirrored, jitter = central_square(image.size, self.centre), False, (1.0, 1.0, 1.0, 0.0)
         if key is not None:
             generator = np.random.default_rng(key)
             if self.how.random_resized_crop:
@@ -120,9 +123,9 @@ class Crops(TorchDataset):
         return box, mirrored, torch.tensor(jitter, dtype=torch.float32)
 
 
-def central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
+def central_square(size: tuple[int, int], centre: float = CENTRE) -> tuple[float, float, float, float]:
     """The central square (top, left, height, width) of an image of (width, height) pixels."""
-    side = CENTRE * min(size)
+    side = centre * min(size)
     return (size[1] - side) / 2, (size[0] - side) / 2, side, side
 
 
@@ -189,17 +192,19 @@ def _training_crops(
             ]
 
 
-def evaluation_batches(files: ImageFiles, size: int, machine: Machine, times: int = 1) -> Iterator[Tensor]:
+def evaluation_batches(
+    files: ImageFiles, size: int, machine: Machine, times: int = 1, centre: float = CENTRE
+) -> Iterator[Tensor]:
     """Pixels [B, 3, S, S] (0..255, float, channels-last) of all images in order, each its central square.
 
-    times: over again so often, by the same workers.
+    times: over again so often, by the same workers. centre: side of the square, of the shorter side.
     """
     batches = (
         [(row, None) for row in rows]
         for _ in range(times)
         for rows in _split(range(len(files)), EVALUATION_BATCH[machine.device.type])
     )
-    for pixels, _ in _loaded(Crops(files, size), batches, machine):
+    for pixels, _ in _loaded(Crops(files, size, centre=centre), batches, machine):
         yield pixels
 
 
