@@ -31,7 +31,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lt_core import paths
-from lt_core.checks import DataError, InputError, check_label, first_line, is_below, unknown
+from lt_core.checks import (
+    DataError,
+    InputError,
+    check_label,
+    first_line,
+    is_below,
+    number_in_environment,
+    unknown,
+)
 from lt_core.data import cifar, official
 from lt_core.data.image_files import ImageFiles, as_rgb
 from lt_core.data.profiles import OwnImages, Profile, load_profile
@@ -351,7 +359,7 @@ def check_listing(listing: Listing) -> None:
 
 def decode_listing(listing: Listing) -> Dataset:
     """The data set with its images as arrays or files; raises DataError as `check_listing`, `decode` do."""
-    if (os.environ.get("RANK") or "0") == "0":  # of several processes the first looks for all, and ends them
+    if number_in_environment("RANK", 0) == 0:  # of several processes the first looks for all, and ends them
         check_listing(listing)
     splits = {}
     for split, records in listing.lists.items():
