@@ -52,6 +52,7 @@ from lt_core.train import (
     fit,
     fit_head,
     load_checkpoint,
+    read_history,
     save_checkpoint,
     this_machine,
 )
@@ -205,6 +206,7 @@ class Job:
     model: Model
     machine: Machine
     code: str  # version when the run began
+    pretraining_history: list[dict[str, float]]  # of our own pre-training, one entry an epoch; else empty
 
     @property
     def backbone(self) -> Backbone:
@@ -233,7 +235,7 @@ def prepare(
     # The network and its start, then the classifier: this order of random numbers is part of a seed.
     torch.manual_seed(seed)
     network = build_backbone(backbone.network)
-    start_weights(network, profile, backbone, seed, data_root)
+    before = start_weights(network, profile, backbone, seed, data_root)
     losses, rsg, scale = backbone.loss_options, None, {}
     if backbone.loss == "rsg":
         rsg = RSG(network.last_stage_channels, data.counts[kept], losses["deferred_until"])
@@ -243,7 +245,8 @@ def prepare(
     if profile.recipes[backbone.recipe].frozen and backbone.feature_dims:
         num_features = min(num_features, backbone.feature_dims)  # its head is trained on what is stored
     classifier = build_classifier(backbone.classifier, num_features, len(kept), **scale)
-    return Job(profile, name, seed, data, kept, Model(network, classifier, rsg), machine, code_version())
+    model = Model(network, classifier, rsg)
+    return Job(profile, name, seed, data, kept, model, machine, code_version(), before)
 
 
 def train_backbone(
@@ -303,8 +306,8 @@ def train_frozen(job: Job, folder: Path, started: float, features: dict[str, Ten
 
 def start_weights(
     network: nn.Module, profile: Profile, backbone: Backbone, seed: int, data_root: str | Path | None
-) -> None:
-    """Fill the network with the weights that the backbone starts from."""
+) -> list[dict[str, float]]:
+    """Fill the network with the weights that it starts from; returns the history of our own pre-training."""
     if backbone.start == "imagenet":
         load_supervised_weights(network, backbone.network, data_root)
     elif backbone.start == "simclr_imagenet":
@@ -318,6 +321,8 @@ def start_weights(
             network.load_state_dict(load_checkpoint(weights)["backbone"])
         except (KeyError, RuntimeError, TypeError):
             raise CacheError(f"{weights} does not fit the network {backbone.network}: delete it") from None
+        return read_history(weights.parent)
+    return []
 
 
 def pretrain(profile: Profile, name: str, seed: int, data_root: str | Path | None = None) -> Path:
@@ -554,6 +559,7 @@ def provenance(job: Job) -> dict[str, object]:
     return {
         "profile": job.profile.name,
         **made_as(job.profile, job.name, job.seed),
+        "pretraining_history": job.pretraining_history,
         "checkpoint": "last",
         "class_names": list(job.data.class_names),
         "wnids": list(job.data.wnids) if job.data.wnids else None,

@@ -505,6 +505,15 @@ def write_history(run: Path, history: list[dict[str, float]]) -> None:
         temporary.write_bytes(tensorboard_events(history))
 
 
+def read_history(run: Path) -> list[dict[str, float]]:
+    """The history that `write_history` left. Raises CacheError where there is none."""
+    try:
+        lines = (run / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise CacheError(f"{run} has no readable history.jsonl: delete it to train again") from None
+
+
 def tensorboard_events(history: list[dict[str, float]]) -> bytes:
     """The content of an event file. TensorBoard's own writer is a thread that does not report a full disk."""
     from tensorboard.compat.proto.event_pb2 import Event

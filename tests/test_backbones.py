@@ -128,7 +128,13 @@ def test_what_prototypes_reach_before_fine_tuning_is_stated(digits):
     assert cache.meta["start_accuracy"] == pytest.approx(expected, abs=0.01)
     row = results.measure("digits", [f"simclr_sqrt/{results.START}"]).loc[f"simclr_sqrt/{results.START}"]
     assert results.estimates(row).value.tolist() == [cache.meta["start_accuracy"]]
-    assert "start_accuracy" not in load("digits", "sqrt").meta  # from scratch
+    history = cache.meta["pretraining_history"]
+    assert [entry["epoch"] for entry in history] == list(
+        range(1, cache.meta["pretraining"]["recipe"]["epochs"] + 1)
+    )
+
+    scratch = load("digits", "sqrt").meta
+    assert "start_accuracy" not in scratch and scratch["pretraining_history"] == []
 
 
 def test_seeds_that_are_shown(digits, capsys):
