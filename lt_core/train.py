@@ -245,8 +245,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint (tensors and plain values) whole or not at all."""
     content = io.BytesIO()
     torch.save(state, content)
-    with paths.atomic(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    with paths.atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.getbuffer())  # not through write_bytes: a full disk would end Python 3.12.1 itself
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
