@@ -186,26 +186,49 @@ class Copies(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        Augmentation(crop_padding=2, flip=True),
-        Augmentation(random_resized_crop=0.3, flip=True, colour_jitter=0.4, hue=0.1, grey=0.2),
-    ],
-)
-def test_a_step_waits_for_no_copy(how):
-    """On a device that holds no values whatever asks for one fails, and every copy to it is seen."""
-    device = torch.device("meta")
+AUGMENTATIONS = [
+    Augmentation(crop_padding=2, flip=True),
+    Augmentation(random_resized_crop=0.3, flip=True, colour_jitter=0.4, hue=0.1, grey=0.2),
+]
+
+
+def one_step(device: torch.device, how: Augmentation):
+    """A training step on images that lie on the device."""
     machine = replace(train.this_machine(), device=device)
     images = torch.zeros(20, 16, 16, 3, dtype=torch.uint8, device=device)
     recipe = RECIPE.model_copy(update={"augmentation": how})
     model = Model(build_backbone("small_resnet"), build_classifier("cosine", 256, 6)).to(device)
     loss = build_loss("lade", torch.tensor([5, 4, 4, 3, 2, 2])).to(device)
     targets = torch.zeros(1, 8, dtype=torch.long, device=device)
-    with Copies() as copies:
+
+    def step() -> None:
         (pixels,) = train.training_pixels(images, [(0, 0, torch.zeros(1, 8).long())], recipe, 0, machine)
         train.accumulate_gradient(model, loss, pixels, targets[0], 0, machine)
+
+    return step
+
+
+@pytest.mark.parametrize("how", AUGMENTATIONS)
+def test_a_step_waits_for_no_copy(how):
+    """On a device that holds no values whatever asks for one fails, and every copy to it is seen."""
+    step = one_step(torch.device("meta"), how)
+    with Copies() as copies:
+        step()
     assert copies.number >= 3 and not copies.waited
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: a step's waits are counted on the CPU alone"
+)
+@pytest.mark.parametrize("how", AUGMENTATIONS)
+def test_a_step_never_waits_for_a_gpu(how):
+    step = one_step(torch.device("cuda"), how)
+    step()  # what the first one alone sets up may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_workers_are_started_once_for_all_epochs(tmp_path, monkeypatch):
