@@ -133,7 +133,7 @@ def extraction_of_files(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Extraction from files by a network at its own size, and its bare forward pass on the same pixels."""
     backbone = build_backbone(network).to(machine.device, memory_format=torch.channels_last).eval()
-    resident = list(evaluation_batches(files, backbone.input_size, machine))
+    resident = list(evaluation_batches(files, backbone.input_size, machine, centre=backbone.centre))
 
     def forward() -> None:
         with torch.inference_mode(), machine.autocast():

@@ -414,10 +414,7 @@ def start_accuracy(job: Job) -> float:
     network = job.model.backbone.to(job.machine.device, memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[]):  # training draws the same numbers whether this runs or not
         features = extract_splits(network, job, ("train", "val"))
-    labels = {name: job.data.splits[name].labels for name in features}
-    means = prototypes(features["train"], labels["train"], job.data.num_classes)
-    found = cosine_logits(features["val"], means).argmax(1)
-    return round(group_accuracy(found, labels["val"], job.data.counts)["total"], 2)
+    return cache_accuracies(as_cache(job, features))["val"]["prototypes"]["total"]
 
 
 def project(features: dict[str, Tensor], dims: int) -> tuple[dict[str, Tensor], Tensor | None]:

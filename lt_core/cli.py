@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import time
@@ -345,8 +344,8 @@ def main(words: list[str] | None = None) -> int:
         return EXIT_OK
     from lt_core.checks import LTError, TrainingError
 
-    show_progress()
     try:
+        show_progress()
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup does
             signal.signal(signal.SIGHUP, _interrupt)
@@ -368,7 +367,9 @@ def main(words: list[str] | None = None) -> int:
 
 def show_progress() -> None:
     """Progress of training on standard output, from the first of torchrun's processes alone."""
-    log.handlers = [logging.StreamHandler(sys.stdout)] if (os.environ.get("RANK") or "0") == "0" else []
+    from lt_core.checks import number_in_environment
+
+    log.handlers = [logging.StreamHandler(sys.stdout)] if number_in_environment("RANK", 0) == 0 else []
     log.propagate = False
     log.setLevel(logging.INFO)
 

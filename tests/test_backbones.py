@@ -121,9 +121,8 @@ def test_what_prototypes_reach_before_fine_tuning_is_stated(digits):
     network.load_state_dict(load_checkpoint(weights)["backbone"])
     splits = load_dataset("digits").splits
     features = {s: extract_features(network, splits[s].images, 0, this_machine()) for s in ("train", "val")}
-    found = cosine_logits(features["val"], prototypes(features["train"], splits["train"].labels, 10)).argmax(
-        1
-    )
+    means = prototypes(features["train"], splits["train"].labels, 10)
+    found = cosine_logits(features["val"], means).argmax(1)
     expected = group_accuracy(found, splits["val"].labels, cache.counts)["total"]
     assert cache.meta["start_accuracy"] == pytest.approx(expected, abs=0.01)
     row = results.measure("digits", [f"simclr_sqrt/{results.START}"]).loc[f"simclr_sqrt/{results.START}"]

@@ -192,7 +192,7 @@ AUGMENTATIONS = [
 ]
 
 
-def one_step(device: torch.device, how: Augmentation):
+def one_step(device: torch.device, how: Augmentation) -> Callable[[], None]:
     """A training step on images that lie on the device."""
     machine = replace(train.this_machine(), device=device)
     images = torch.zeros(20, 16, 16, 3, dtype=torch.uint8, device=device)

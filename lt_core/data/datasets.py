@@ -694,7 +694,7 @@ FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
         name="tiny_imagenet_480_32px",
         names=["train", "val"],
         size=32,
-        sorted_counts=np.full(200, 480),
+        sorted_counts=TINY_IMAGENET_SIZES["tiny_imagenet_480"],
     ),
     "cifar100_lt": _cifar100_lt,
     "imagenet_lt": lambda root: _official(root, "imagenet_lt"),
