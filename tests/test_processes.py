@@ -52,6 +52,8 @@ elif kind == "rsg":
     rsg = RSG(backbone.last_stage_channels, data.counts, generate_from=0.5)
 elif kind == "causal_norm":
     head = "causal_norm"
+elif kind in ("balanced_softmax", "class_balanced", "focal"):
+    loss = build_loss(kind, data.counts)
 head = ContrastiveHead(256) if kind == "simclr" else build_classifier(head, 256, 6)
 model = Model(backbone, head, rsg).double()
 loss.double()
@@ -152,8 +154,11 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(folder, alone
     assert not list((folder / "out" / ".cache" / "features").iterdir())
 
 
+LOSSES = ("cross_entropy", "balanced_softmax", "class_balanced", "focal", "lade", "ldam_drw")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lade", "ldam_drw", "rsg", "causal_norm", "simclr"])
+@pytest.mark.parametrize("kind", [*LOSSES, "rsg", "causal_norm", "simclr"])
 def test_losses_see_the_whole_batch(folder, kind):
     """What looks at the batch as a whole does not depend on the number of processes either."""
     train(folder, f"{kind}1", 1, kind=kind)
