@@ -12,7 +12,9 @@ bfloat16_vs_imagefolder  the same with `precision = "bfloat16"` in the recipe. A
                       instructions for it (avx512_bf16, amx_bf16); on a GPU it is the same precision.
 extract_vs_bare       images/s of feature extraction over the bare forward pass. Aim 0.95.
 study_vs_bare NAME    the same for JPEG files, as `study` reads them, and that network at 224 pixels: reading,
-                      decoding and cropping included, 2 ms an image. Aim 0.95, where a network takes 40 ms.
+                      decoding and cropping are 1.8 ms of a core an image. Aim 0.95, where a network takes
+                      40 ms of a core; one that takes 10 ms cannot exceed 10 / 11.8.
+study_vs_bare 96 px   EfficientNet-Lite0 on images in memory, resampled to 96 pixels, as in README's studies
 loader_vs_decode      photographs/s that one worker hands over, cropped at random for training, over decoding
                       and cropping alone: what the loader costs. Aim 0.9.
 peak_gib              largest resident memory of a whole training process (data set included), 2 epochs
@@ -47,9 +49,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from lt_core.checks import DataError
-from lt_core.data.augmentation import augment, to_pixels
+from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split, load_dataset
-from lt_core.data.image_files import Crops, ImageFiles, evaluation_batches, training_batches
+from lt_core.data.image_files import EVALUATION_BATCH, Crops, ImageFiles, evaluation_batches, training_batches
 from lt_core.data.profiles import Augmentation, Recipe, load_profile
 from lt_core.losses import build_loss
 from lt_core.models import Model, build_backbone, build_classifier
@@ -128,19 +130,24 @@ def bare_steps(model: Model, data: Dataset, recipe: Recipe, machine: Machine) ->
     return steps
 
 
-def extraction_of_files(
-    network: str, files: ImageFiles, machine: Machine
+def extraction(
+    network: str, images: torch.Tensor | ImageFiles, size: int | None, machine: Machine
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Extraction from files by a network at its own size, and its bare forward pass on the same pixels."""
+    """Extraction by a network at `size` (None: its own), and its bare forward pass on the same pixels."""
     backbone = build_backbone(network).to(machine.device, memory_format=torch.channels_last).eval()
-    resident = list(evaluation_batches(files, backbone.input_size, machine, centre=backbone.centre))
+    size = size or backbone.input_size
+    if isinstance(images, ImageFiles):
+        resident = list(evaluation_batches(images, size, machine, centre=backbone.centre))
+    else:
+        chunks = images.split(EVALUATION_BATCH[machine.device.type])
+        resident = [resize(to_pixels(chunk.to(machine.device)), size) for chunk in chunks]
 
     def forward() -> None:
         with torch.inference_mode(), machine.autocast():
             for pixels in resident:
                 backbone(pixels)
 
-    return lambda: extract_features(backbone, files, backbone.input_size, machine), forward
+    return lambda: extract_features(backbone, images, size, machine), forward
 
 
 def loading(files: ImageFiles, machine: Machine) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -272,14 +279,19 @@ def main() -> None:
         lambda: extract_features(model.backbone, some, 0, machine), bare_forward, options.repeats
     )
 
-    studies = {}
+    studies: dict[
+        str, tuple[int, float, float]
+    ] = {}  # images, seconds of the extraction and of the bare pass
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder), None)
         files = data_of(Path(folder), PHOTOGRAPHS).splits["train"].images
         for name in STUDIED:
-            studies[name] = interleaved(*extraction_of_files(name, files, machine), options.repeats)
+            times = interleaved(*extraction(name, files, None, machine), options.repeats)
+            studies[name] = (len(files), *times)
         many = data_of(Path(folder), LOADED).splits["train"].images
         load_s, decode_s = interleaved(*loading(many, machine), options.repeats)
+
+    studies["96 px"] = (len(some), *interleaved(*extraction(STUDIED[0], some, 96, machine), options.repeats))
 
     jittered = recipe.model_copy(update={"augmentation": FIELD})
     with tempfile.TemporaryDirectory() as folder:
@@ -305,7 +317,7 @@ def main() -> None:
         ("bfloat16, ImageFolder", number, narrow_s, slow_s),
         ("extraction, bare", len(some), extract_s, forward_s),
         ("loading, decoding", LOADED, load_s, decode_s),
-        *((f"files, {network}", PHOTOGRAPHS, *times) for network, times in studies.items()),
+        *((f"study, {name}", *numbers) for name, numbers in studies.items()),
     ):
         print(f"{name:28}{count / ours:10.0f}{count / other:10.0f}{other / ours:8.3f}")
     print(f"peak memory {short:.2f} GiB with 2 epochs, {long:.2f} GiB with 6")
@@ -315,7 +327,7 @@ def main() -> None:
         "bfloat16_vs_imagefolder": slow_s / narrow_s,
         "extract_vs_bare": forward_s / extract_s,
         "loader_vs_decode": decode_s / load_s,
-        **{f"study_vs_bare {network}": bare / whole for network, (whole, bare) in studies.items()},
+        **{f"study_vs_bare {name}": bare / whole for name, (_, whole, bare) in studies.items()},
         "peak_gib": short,
         "peak_growth": long / short,
     }

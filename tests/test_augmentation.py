@@ -131,6 +131,7 @@ def test_resize_and_pass_through():
     features = torch.rand(4, 8)
     assert resize(to_pixels(features), 24) is features
     assert resize(pixels, 24).min() >= 0 and resize(pixels, 24).max() <= 255
+    assert resize(pixels, 24).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("padding", [1, 5])

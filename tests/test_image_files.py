@@ -155,6 +155,19 @@ def test_two_views_differ_and_colours_change(files):
     torch.testing.assert_close(pixels[:, 0], pixels[:, 2], atol=0.01, rtol=0)
 
 
+def test_several_threads_make_the_same_crops(files, monkeypatch):
+    rows = [(row, (0, 0, row, 0)) for row in range(24)]
+    crops = Crops(files, 24, AUGMENTATION)
+    alone, together = [], []
+    for threads, found in ((1, alone), (3, together)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found += crops.__getitems__(rows)
+    assert all(map(torch.equal, sum(alone, ()), sum(together, ())))
+    crops.files = ImageFiles(files.folder, np.array(["0.jpg"] * 23 + ["none.jpg"]))
+    with pytest.raises(DataError, match="none.jpg .* not a readable image"):
+        crops.__getitems__(rows)
+
+
 def test_a_test_image_is_its_central_square(files):
     (pixels,) = evaluation_batches(files, 24, machine())
     assert len(pixels) == 24
@@ -209,7 +222,7 @@ def test_rows_are_selected_as_those_of_a_tensor(files):
 
 def test_a_crop_without_a_key_changes_nothing(files):
     pixels, jitter = Crops(files, 24)[0, None]
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 24) and jitter.tolist() == [1, 1, 1, 0]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (24, 24, 3) and jitter.tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])

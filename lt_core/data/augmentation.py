@@ -49,7 +49,9 @@ def resize(pixels: Tensor, size: int) -> Tensor:
     """Bicubic resampling of pixels [B, C, H, W] to size x size, clipped to 0..255; size 0 keeps them."""
     if not size or pixels.ndim != 4 or pixels.shape[-1] == size:
         return pixels
-    return interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False).clamp_(0, 255)
+    # The kernel for planes of one colour is faster than that for channels-last memory, and gives the same.
+    resized = interpolate(pixels.contiguous(), size=(size, size), mode="bicubic", align_corners=False)
+    return resized.clamp_(0, 255).contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- crops

@@ -1,4 +1,5 @@
-"""Images that stay in files: read, cropped and resampled by worker processes while the network computes.
+"""Images that stay in files: read, cropped and resampled by worker processes while the network computes,
+or, without workers, by the threads of the network between its batches.
 
 Every random choice is a function of (seed, epoch, position in the epoch), so what a network sees depends
 neither on the number of workers nor on that of processes. Colours are changed on the device, a batch at once.
@@ -12,19 +13,20 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lt_core.checks import DataError, InputError, TrainingError
-from lt_core.data.augmentation import apply_jitter
+from lt_core.data.augmentation import apply_jitter, to_pixels
 from lt_core.data.profiles import Augmentation, Recipe
 
 CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256;
@@ -62,7 +64,7 @@ class ImageFiles:
 
     def pixels(self, row: int, size: int, centre: float = CENTRE) -> Tensor:
         """One image as evaluation sees it: uint8 [3, S, S], its central square. Raises DataError."""
-        return Crops(self, size, centre=centre)[row, None][0]
+        return Crops(self, size, centre=centre)[row, None][0].permute(2, 0, 1)
 
     def check(self, sample: int) -> None:
         """Decode `sample` images, evenly spaced; raises DataError naming one that cannot be read."""
@@ -80,11 +82,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.round().astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits, of no known range: store it with 8 or 16 bits")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Crops(TorchDataset):
-    """Crops of `files` [M]: crops[row, key] gives pixels uint8 [3, S, S] and colour changes [4]."""
+    """Crops of `files` [M]: crops[row, key] gives pixels uint8 [S, S, 3] and colour changes [4]."""
 
     def __init__(
         self, files: ImageFiles, size: int, how: Augmentation | None = None, centre: float = CENTRE
@@ -107,8 +109,15 @@ class Crops(TorchDataset):
                 cut = as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=corners)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{name} in {self.files.folder} is not a readable image: {error}") from None
-        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
-        return (pixels.flip(2) if mirrored else pixels), jitter
+        cut = ImageOps.mirror(cut) if mirrored else cut
+        return torch.from_numpy(np.array(cut)), jitter
+
+    def __getitems__(self, crops: list[Crop]) -> list[tuple[Tensor, Tensor]]:
+        """Several crops, by as many threads as the network has, for Pillow works outside the GIL."""
+        if torch.get_num_threads() == 1:  # as in a worker process
+            return [self[crop] for crop in crops]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            return list(threads.map(self.__getitem__, crops))
 
     def _choices(self, image: Image.Image, key: Key | None) -> tuple[tuple[float, ...], bool, Tensor]:
         """The box to cut (top, left, height, width), whether it is mirrored, and colour changes [4]."""
@@ -236,7 +245,7 @@ def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> It
             sizes.popleft()
             pixels, jitter = (torch.cat(of) for of in zip(*parts, strict=True))
             parts.clear()
-            yield pixels.to(dtype=torch.float32, memory_format=torch.channels_last), jitter
+            yield to_pixels(pixels), jitter
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
