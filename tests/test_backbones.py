@@ -278,7 +278,7 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(
         ProfileError,
         match="unknown profile 'tiny': choose one of balanced, bfloat16, digits, double, embedded, "
-        "half, inaturalist, paper, small, twins, weight_decay",
+        "half, inaturalist, paper, small, weight_decay",
     ):
         load("tiny", "sqrt")
     with pytest.raises(

@@ -77,8 +77,7 @@ def test_lists_are_disjoint_and_as_long_as_the_rule_says():
     files = [[f"{c}/{i}.png" for i in range(500)] for c in range(4)]
     lists = long_tail_lists(files, np.array([480, 100, 20, 5]))
     train, val = {n for n, _ in lists["train"]}, {n for n, _ in lists["val"]}
-    assert not train & val and len(train) == 605 and len(val) == 80 and len(lists["balanced"]) == 400
-    assert not {n for n, _ in lists["balanced"]} & val
+    assert not train & val and len(train) == 605 and len(val) == 80
     shuffled = long_tail_lists([names[::-1] for names in files], np.array([480, 100, 20, 5]))
     assert shuffled == lists  # the order of the file listing does not matter
 
@@ -295,7 +294,7 @@ def test_tiny_imagenet_rule_reproduces_the_lists_line_for_line():
     source = ImageSource(root, "tiny-imagenet-200")
     wnids, _ = tiny_imagenet_classes(source)
     made = tiny_imagenet_lists(source, wnids)
-    for split in ("train", "val", "test", "balanced"):
+    for split in ("train", "val", "test"):
         assert made[split] == read_list(root / f"TinyImageNet_LT_{split}.txt"), split
 
 

@@ -95,7 +95,7 @@ def test_unknown_profile_lists_the_known_ones():
     with pytest.raises(
         ProfileError,
         match="unknown profile 'big': choose one of balanced, bfloat16, digits, double, embedded, half, "
-        "inaturalist, paper, small, twins, weight_decay",
+        "inaturalist, paper, small, weight_decay",
     ):
         load_profile("big")
 

@@ -99,15 +99,15 @@ def exponential_counts(num_classes: int = 100, largest: int = 480, smallest: int
 
 
 def long_tail_lists(files: list[list[str]], sorted_counts: np.ndarray, images_per_class: int = 500) -> dict:
-    """Lists {"train", "val", "balanced"} of (path, label) from each class's files, by the repository's rule.
+    """Lists {"train", "val"} of (path, label) from each class's files, by the repository's rule.
 
     One generator (NumPy's RandomState(0)) lays the sorted counts on the classes, then shuffles each class's
-    files, sorted by name: the first n_c are training images, the last 20 validation images, the first 100
-    the balanced pre-training subset. Raises DataError unless each class has `images_per_class` files.
+    files, sorted by name: the first n_c are training images, the last 20 validation images.
+    Raises DataError unless each class has `images_per_class` files.
     """
     generator = np.random.RandomState(0)
     counts = sorted_counts[generator.permutation(len(files))]
-    lists: dict[str, list[Record]] = {"train": [], "val": [], "balanced": []}
+    lists: dict[str, list[Record]] = {"train": [], "val": []}
     for label, (names, count) in enumerate(zip(files, counts, strict=True)):
         if len(names) != images_per_class:
             raise DataError(
@@ -117,7 +117,6 @@ def long_tail_lists(files: list[list[str]], sorted_counts: np.ndarray, images_pe
         shuffled = np.array(sorted(names))[generator.permutation(images_per_class)]
         lists["train"] += [(str(name), label) for name in shuffled[:count]]
         lists["val"] += [(str(name), label) for name in shuffled[-20:]]
-        lists["balanced"] += [(str(name), label) for name in shuffled[:100]]
     return lists
 
 
@@ -427,8 +426,6 @@ def _tiny_imagenet(
     else:
         made = tiny_imagenet_lists(source, wnids, sorted_counts)
         lists = {split: made[split] for split in names}
-    if "balanced" in lists:
-        lists["train"] = lists.pop("balanced")
     return Listing(name, source, lists, tuple(words), size, tuple(wnids))
 
 
@@ -680,15 +677,12 @@ TINY_IMAGENET_SIZES = {
 }
 FROM_IMAGES: dict[str, Callable[[Path], Listing]] = {
     "tiny_imagenet_lt": lambda root: _tiny_imagenet(root, "tiny_imagenet_lt", SPLITS, 64),
-    # Pre-training for the 32 px images of CIFAR.
-    "tiny_imagenet_balanced": lambda root: _tiny_imagenet(
-        root, "tiny_imagenet_balanced", ["balanced", "val"], 32
-    ),
     # What more data changes: half and twice the images of each class, and as many of each as there are.
     **{
         name: partial(_tiny_imagenet, name=name, names=SPLITS, size=64, sorted_counts=counts)
         for name, counts in TINY_IMAGENET_SIZES.items()
     },
+    # Pre-training for the 32 px images of CIFAR.
     "tiny_imagenet_480_32px": partial(
         _tiny_imagenet,
         name="tiny_imagenet_480_32px",
