@@ -152,7 +152,7 @@ def _data_root(command: argparse.ArgumentParser) -> None:
 def _workers(command: argparse.ArgumentParser) -> None:
     """How a run of image files uses its computer; results do not depend on it."""
     command.add_argument(
-        "--workers", type=int, metavar="N", help="processes that decode images (default: all cores, shared)"
+        "--workers", type=int, metavar="N", help="processes that decode images (default: all cores for a GPU)"
     )
 
 

@@ -85,8 +85,9 @@ def this_machine(
 ) -> Machine:
     """A GPU with bfloat16 where there is one, else the CPU; joins torchrun's process group.
 
-    workers: None for all cores, shared by the processes of this computer; precision: of the CPU, as a recipe
-    states it; the others are fields of `Machine`.
+    workers: None for all cores, shared by the processes of this computer, and for none without a GPU;
+    precision: of the CPU, as a recipe states it, but float32 without AVX-512, where bfloat16 is ten times
+    slower; the others are fields of `Machine`.
     """
     world_size = number_in_environment("WORLD_SIZE", 1)  # as torchrun sets it, with RANK and the others
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 and not dist.is_initialized() else ()
@@ -111,6 +112,8 @@ def this_machine(
         text = f"{world_size} x {torch.cuda.get_device_name(device)}, bfloat16"
     else:
         keep_freed_memory()
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            precision = "float32"
         text = f"CPU, {torch.get_num_threads()} threads, {precision} (no GPU found)"
     narrow = cuda or precision == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=narrow)

@@ -245,7 +245,8 @@ def test_a_cache_that_is_there_is_found_and_none_is_trained(digits, tmp_path, mo
     assert backbones.if_made("embedded", "sqrt", 0).meta["backbone"] == "sqrt"
 
 
-def test_precision_is_a_part_of_the_recipe(tmp_path):
+def test_precision_is_a_part_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     path = tmp_path / "narrow.toml"
     path.write_text('same_as = "digits"\n[recipes.from_scratch]\nprecision = "bfloat16"\n', encoding="utf-8")
     profile = load_profile(str(path))
