@@ -19,6 +19,7 @@ from lt_core.data.image_files import (
     Crops,
     ImageFiles,
     central_square,
+    decode_smaller,
     evaluation_batches,
     random_box,
     random_jitter,
@@ -181,6 +182,27 @@ def test_a_test_image_is_its_central_square(files):
     # Of a network that was made for the whole square
     whole = next(evaluation_batches(files, 24, machine(), centre=1.0))
     assert torch.equal(whole[3], files.pixels(3, 24, centre=1.0).float()) and not torch.equal(whole, pixels)
+
+
+def test_large_photographs_are_decoded_smaller_and_look_the_same(tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    photograph = Image.fromarray(coarse).resize((1601, 1203), Image.Resampling.BICUBIC)
+    photograph.save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert decode_smaller(image, 100 / 1203) == 1 / 4
+        top, left, height, width = central_square(photograph.size)
+        corners = (left, top, left + width, top + height)
+    with Image.open(tmp_path / "a.jpg") as image:
+        whole = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, box=corners)).astype(float)
+    found = ImageFiles(tmp_path, np.array(["a.jpg"])).pixels(0, 64).permute(1, 2, 0).numpy()
+    assert np.abs(found - whole).mean() < 0.5 and np.abs(found - whole).max() <= 4
+    held = decode((tmp_path / "a.jpg").read_bytes(), 64).astype(float)
+    expected = np.asarray(photograph.resize((85, 64), Image.Resampling.BICUBIC).crop((10, 0, 74, 64)))
+    assert np.abs(held - expected).mean() < 1
+
+    photograph.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:  # formats that cannot
+        assert decode_smaller(image, 0.05) == 1
 
 
 def test_other_formats_and_colours_are_decoded(tmp_path):

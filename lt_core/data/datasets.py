@@ -41,7 +41,7 @@ from lt_core.checks import (
     unknown,
 )
 from lt_core.data import cifar, official
-from lt_core.data.image_files import ImageFiles, as_rgb
+from lt_core.data.image_files import ImageFiles, as_rgb, decode_smaller
 from lt_core.data.profiles import OwnImages, Profile, load_profile
 
 Record = tuple[str, int]  # path below the image folder, label
@@ -254,10 +254,13 @@ def decode(content: bytes, size: int, name: str = "image") -> np.ndarray:
     """One image as uint8 [size, size, 3]: short side resampled to `size`, centre cut. Raises DataError."""
     try:
         with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            scale = size / min(width, height)
+            smaller = decode_smaller(image, scale)
             image = as_rgb(image)
-            if image.size != (size, size):
-                scale = size / min(image.size)
-                image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+            if (width, height) != (size, size):
+                sides = [max(size, round(side * scale)) for side in (width, height)]
+                image = image.resize(sides, Image.BICUBIC, box=(0, 0, smaller * width, smaller * height))
                 left, top = (image.width - size) // 2, (image.height - size) // 2
                 image = image.crop((left, top, left + size, top + size))
             return np.asarray(image)
