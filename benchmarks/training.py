@@ -279,9 +279,7 @@ def main() -> None:
         lambda: extract_features(model.backbone, some, 0, machine), bare_forward, options.repeats
     )
 
-    studies: dict[
-        str, tuple[int, float, float]
-    ] = {}  # images, seconds of the extraction and of the bare pass
+    studies = {}  # images, seconds of the extraction, seconds of the bare pass
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder), None)
         files = data_of(Path(folder), PHOTOGRAPHS).splits["train"].images

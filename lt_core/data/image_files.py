@@ -34,7 +34,7 @@ CENTRE = 0.875  # side of the central square that a test image is cut to, of its
 # a network may have been made for another (`Normalised.centre`)
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10  # of random crops; boxes that are drawn until one fits
 EVALUATION_BATCH = {"cuda": 256, "cpu": 64}  # images; larger ones leave a processor's caches
-GAP = 3.0  # the least that a smaller decoding leaves of a crop, in its size; Pillow's "fair resampling"
+GAP = 3.0  # a JPEG that is decoded smaller stays so many times as large as what is made of it
 PIECE = 32  # images that a worker makes at once, whatever the batch: 5 MB of shared memory
 PREFETCH = 4  # pieces that each worker keeps ready
 Key = tuple[int, ...]  # the seed of a crop's random choices
