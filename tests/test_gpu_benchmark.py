@@ -81,6 +81,7 @@ def test_photographs_are_read_where_there_are_some(gpu, tmp_path, capsys, monkey
     monkeypatch.delenv("LT_DATA_ROOT", raising=False)
     data, found = tmp_path / "data", tmp_path / "found"
     data.mkdir()
+    found.mkdir()
     assert gpu.photographs(tmp_path, None) == gpu.photographs(tmp_path, str(data)) == "generated"
     assert capsys.readouterr().out.count("photographs is not measured: there is no") == 2
     (tmp_path / "one.JPEG").touch()
