@@ -9,11 +9,15 @@ Every network takes pixels 0..255 as float [B, C, H, W] and normalises them itse
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
+from torch.nn.utils import fuse_conv_bn_eval
 
 from lt_core.checks import InputError, unknown
 from lt_core.data.distributed import mean_over_processes, whole_batch
@@ -190,7 +194,7 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network((pixels - self.mean) / self.std)
+        return self.network((pixels - self.mean).div_(self.std))
 
     @property
     def last_stage(self) -> nn.Module:
@@ -318,6 +322,48 @@ def build_backbone(name: str) -> nn.Module:
     if name not in BACKBONES:
         raise InputError(unknown("network", name, [*BACKBONES, f"{TIMM}NAME"]))
     return BACKBONES[name]()
+
+
+SAME = 1e-3  # largest difference of folded features, of the largest feature; rounding gives 5e-6
+
+
+@torch.inference_mode()
+def fold_batch_norm(network: nn.Module, pixels: Tensor) -> nn.Module:
+    """A copy of a network whose batch norms are parts of the convolutions before them, for evaluation.
+
+    Features are the same but for rounding, and a CPU needs 4 (ResNet-50) to 20 % (EfficientNets) less time.
+    pixels [B, C, H, W]: of a few images, on which both are compared. The network itself is returned where
+    they differ (something else reads a convolution's result) and where there is nothing to fold.
+    """
+    # One forward pass tells which batch norm receives the result of which convolution.
+    names = {module: name for name, module in network.named_modules()}
+    results: list[tuple[Tensor, str]] = []
+    pairs: list[tuple[str, str]] = []
+
+    def convolved(module: nn.Module, _: object, result: Tensor) -> None:
+        results.append((result, names[module]))
+
+    def normalised(module: nn.Module, inputs: tuple[Tensor], _: object) -> None:
+        if module.running_mean is not None:  # without, it depends on the other images of a batch
+            pairs.extend((name, names[module]) for result, name in results if result is inputs[0])
+
+    with ExitStack() as hooks:
+        for module in names:
+            for kind, hook in ((nn.Conv2d, convolved), (nn.BatchNorm2d, normalised)):
+                if isinstance(module, kind):
+                    hooks.enter_context(module.register_forward_hook(hook))
+        expected = network(pixels)
+    calls = Counter(name for pair in pairs for name in pair)
+    if not calls or max(calls.values()) > 1:  # nothing to fold, or something is called twice
+        return network
+
+    folded = copy.deepcopy(network)
+    for convolution, norm in pairs:
+        module = folded.get_submodule(norm)
+        folded.set_submodule(convolution, fuse_conv_bn_eval(folded.get_submodule(convolution), module))
+        folded.set_submodule(norm, nn.Sequential(*module.children()))  # timm's hold their activation
+    same = (folded(pixels) - expected).abs().max() <= SAME * expected.abs().max()
+    return folded if same else network
 
 
 def build_classifier(name: str, num_features: int, num_classes: int, **options: float) -> nn.Module:

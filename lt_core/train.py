@@ -47,7 +47,7 @@ from lt_core.data.image_files import (
 )
 from lt_core.data.profiles import Recipe
 from lt_core.losses import Loss
-from lt_core.models import ContrastiveHead, Model, at_least_float32
+from lt_core.models import ContrastiveHead, Model, at_least_float32, fold_batch_norm
 from lt_core.samplers import epoch_batches
 
 SAVE_EVERY = 60  # seconds between checkpoints
@@ -191,24 +191,38 @@ def training_pixels(
             yield resize(pixels, recipe.input_size)
 
 
+def evaluation_pixels(
+    images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 1, centre: float = CENTRE
+) -> Iterator[Tensor]:
+    """Pixels [B, C, H, W] of all images in order, without augmentation; of files their central squares.
+
+    times: over again so often, by the same workers.
+    """
+    if isinstance(images, ImageFiles):
+        yield from evaluation_batches(images, input_size, machine, times, centre)
+        return
+    for _ in range(times):
+        for chunk in images.split(EVALUATION_BATCH[machine.device.type]):
+            yield resize(to_pixels(chunk.to(machine.device)), input_size)
+
+
 @torch.inference_mode()
 def feature_batches(
-    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 1
+    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 0
 ) -> Iterator[Tensor]:
     """Features [B, F] (float32, on the CPU) of all images in order, without augmentation.
 
-    times: over again so often, by the same workers; from the second time on the caller sees to `eval`.
+    times: so often, by the same workers, of a network that is trained in between; the caller sees to `eval`.
+    0: once, of a network that stays as it is, so that its batch norms can be folded.
     """
     backbone.eval()
-    if isinstance(images, ImageFiles):
-        centre = getattr(backbone, "centre", CENTRE)
-        loader = evaluation_batches(images, input_size, machine, times, centre)
-    else:
-        chunks = (c for _ in range(times) for c in images.split(EVALUATION_BATCH[machine.device.type]))
-        loader = (resize(to_pixels(chunk.to(machine.device)), input_size) for chunk in chunks)
-    for pixels in loader:
+    network = backbone if times else None
+    centre = getattr(backbone, "centre", CENTRE)
+    for pixels in evaluation_pixels(images, input_size, machine, times or 1, centre):
+        if network is None:
+            network = fold_batch_norm(backbone, pixels[:2])
         with machine.autocast():
-            features = backbone(pixels)
+            features = network(pixels)
         yield features.float().cpu()
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from timm.data import ImageNetInfo
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lt_core.checks import InputError
@@ -18,9 +19,10 @@ from lt_core.models import (
     Model,
     build_backbone,
     build_classifier,
+    fold_batch_norm,
     positives,
 )
-from lt_core.train import extract_features, this_machine
+from lt_core.train import extract_features, feature_batches, this_machine
 
 HEAD = 2048 * 1000 + 1000  # the 1000-class head of a ResNet, which we drop
 PUBLISHED = {  # parameters without the head, features
@@ -92,19 +94,89 @@ def test_networks_of_the_paper_take_a_step_at_full_size(name):
     assert model.backbone.network.conv1.weight.grad.abs().sum() > 0
 
 
+def trained_a_little(network: nn.Module) -> nn.Module:
+    """The network in evaluation, with batch norms that change what they get."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["small_resnet", "resnext50_32x4d", "efficientnet_lite0", "timm:mobilenetv3_small_100"]
+)
+def test_folded_networks_give_the_same_features_without_batch_norms(name):
+    torch.manual_seed(0)
+    network, pixels = trained_a_little(build_backbone(name)), torch.rand(5, 3, 64, 64) * 255
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    folded = fold_batch_norm(network, pixels[:2])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.inference_mode():
+        expected = network(pixels)
+        torch.testing.assert_close(folded(pixels), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+    after = network.state_dict()  # the network itself stays as it was
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+class Branching(nn.Module):
+    """Batch norms after a convolution that are not all that is made of its result."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.convolution = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3, track_running_stats=kind != "batch statistics")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps = self.convolution(pixels)
+        if self.kind == "used twice":
+            maps = maps + self.norm(maps)
+        elif self.kind == "called twice":
+            maps = self.norm(self.convolution(self.norm(maps)))
+        elif self.kind == "not a neighbour":
+            maps = self.norm(maps.relu())
+        else:
+            maps = self.norm(maps)
+        return maps.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["used twice", "called twice", "not a neighbour", "batch statistics"])
+def test_what_cannot_be_folded_stays_as_it_is(kind):
+    torch.manual_seed(0)
+    network = trained_a_little(Branching(kind)) if kind != "batch statistics" else Branching(kind).eval()
+    assert fold_batch_norm(network, torch.rand(2, 3, 8, 8)) is network
+
+
+def test_features_of_a_network_that_is_trained_in_between_follow_its_weights():
+    """As the validations of a training do, while one that stays as it is may be folded once and for all."""
+    network = trained_a_little(build_backbone("small_resnet"))
+    images = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)
+    batches = feature_batches(network, images, 0, this_machine(), times=2)
+    first = next(batches)
+    torch.testing.assert_close(extract_features(network, images, 0, this_machine()), first)
+    with torch.no_grad():
+        network.network[0].weight.mul_(-1)
+    second = next(batches)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(extract_features(network, images, 0, this_machine()), second)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="unknown network 'resnet50': choose one of .*resnext50_32x4d"):
         build_backbone("resnet50")
     with pytest.raises(InputError, match="unknown classifier 'linear'"):
         build_classifier("linear", 8, 2)
     with pytest.raises(InputError, match="no packaged ImageNet weights for resnet101"):
-        load_imagenet_weights(torch.nn.Identity(), "resnet101")
+        load_imagenet_weights(nn.Identity(), "resnet101")
 
 
 # ---------------------------------------------------------------- classifiers
 
 
-def with_rows(classifier: torch.nn.Module, rows: torch.Tensor) -> torch.nn.Module:
+def with_rows(classifier: nn.Module, rows: Tensor) -> nn.Module:
     classifier.weight.data.copy_(rows)
     return classifier
 
@@ -132,7 +204,7 @@ def test_dot_product_classifier_depends_on_norms():
     assert not torch.allclose(classifier(features), classifier(2 * features))
 
 
-def causal(rows: torch.Tensor, direction: torch.Tensor, strength: float, heads: int = 2):
+def causal(rows: Tensor, direction: Tensor, strength: float, heads: int = 2):
     """The causal norm classifier as it is at test."""
     classifier = with_rows(CausalNormClassifier(rows.shape[1], len(rows)), rows).eval().requires_grad_(False)
     classifier.HEADS, classifier.strength = heads, strength

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from lt_core.checks import DataError, InputError, TrainingError
@@ -233,6 +233,18 @@ def evaluation_batches(
 
 def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in order, pixels as float on the device; raises DataError in the words of a worker's."""
+    if machine.workers:
+        made = _from_workers(crops, batches, machine)
+    else:
+        made = (default_collate(crops.__getitems__(batch)) for batch in batches)
+    for pixels, jitter in made:
+        yield to_pixels(pixels.to(machine.device, non_blocking=True)), jitter
+
+
+def _from_workers(
+    crops: Crops, batches: Iterable[list[Crop]], machine: Machine
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order, uint8 [B, S, S, 3] on the device, which worker processes make in pieces."""
     _check_shared_memory(crops.size, machine)
     sizes: deque[int] = deque()
 
@@ -247,7 +259,7 @@ def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> It
         num_workers=machine.workers,
         pin_memory=machine.device.type == "cuda",
         generator=torch.Generator(),  # so that it draws no seed from the global one
-        prefetch_factor=PREFETCH if machine.workers else None,
+        prefetch_factor=PREFETCH,
     )
     parts: list[tuple[Tensor, Tensor]] = []
     try:
@@ -259,7 +271,7 @@ def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> It
             sizes.popleft()
             pixels, jitter = (torch.cat(of) for of in zip(*parts, strict=True))
             parts.clear()
-            yield to_pixels(pixels), jitter
+            yield pixels, jitter
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
@@ -278,7 +290,7 @@ def _split(values: Sequence, size: int) -> Iterator[Sequence]:
 
 def _check_shared_memory(size: int, machine: Machine) -> None:
     """Raises TrainingError where /dev/shm cannot hold what the workers keep ready; a full one kills them."""
-    if not machine.workers or not SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return
     needed = machine.workers * (PREFETCH + 1) * PIECE * 3 * size**2
     free = shutil.disk_usage(SHARED_MEMORY).free
