@@ -145,7 +145,7 @@ def extraction(
     """Extraction by a network at `size` (None: its own), and its bare forward pass on the same pixels."""
     backbone = build_backbone(network).to(machine.device, memory_format=torch.channels_last).eval()
     size = size or backbone.input_size
-    resident = list(evaluation_pixels(images, size, machine, centre=backbone.centre))
+    resident = list(evaluation_pixels(images, size, machine, square=backbone.square))
 
     def forward() -> None:
         with torch.inference_mode(), machine.autocast():

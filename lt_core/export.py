@@ -12,7 +12,7 @@ the classifier that is used (`Rows`). Nothing is unpickled.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from lt_core import backbones, classifiers, paths
 from lt_core.baselines import WeightScaling, adjust
 from lt_core.cache import OWN_HASH, FeatureCache, meta_digest
 from lt_core.checks import CacheError, InputError, first_line
-from lt_core.data.image_files import CENTRE, ImageFiles
+from lt_core.data.image_files import SQUARE, ImageFiles, Square
 from lt_core.data.profiles import load_profile
 from lt_core.models import CosineClassifier, build_backbone
 from lt_core.train import load_checkpoint
 from lt_core.transfer import TEMPERATURE, hybrid_classifiers
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -104,7 +104,7 @@ class ExportedModel(nn.Module):
         """Pixels [1, 3, S, S] of an image file, its central square, as in training; raises DataError."""
         path = Path(file)
         files = ImageFiles(path.parent, np.array([path.name]))
-        return files.pixels(0, self.config["input_size"], self.config.get("centre", CENTRE))[None]
+        return files.pixels(0, self.config["input_size"], Square(**self.config["square"]))[None]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(inputs.float() if self.backbone is None else self.backbone(inputs.float()))
@@ -145,7 +145,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         "network": network if backbone is not None else None,
         "input_size": input_size,
-        "centre": getattr(backbone, "centre", CENTRE),  # of the square that an image is cut to
+        "square": asdict(getattr(backbone, "square", SQUARE)),  # what an image is cut to
         "mean": [float(value) for value in mean],  # of pixels 0..255; the network applies them
         "std": [float(value) for value in std],
         "class_names": cache.class_names,

@@ -21,7 +21,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from lt_core.checks import InputError, unknown
 from lt_core.data.distributed import mean_over_processes, whole_batch
-from lt_core.data.image_files import CENTRE
+from lt_core.data.image_files import SQUARE, Square
 from lt_core.rsg import RSG
 from lt_core.transfer import SCALE
 
@@ -170,9 +170,8 @@ class Model(nn.Module):
 class Normalised(nn.Module):
     """(pixel - mean) / std per channel, then the network.
 
-    input_size: side in pixels of the images that the network was made for; centre: of the square that a test
-    image is cut to, as a part of the shorter side. last_stage: name of the part that halves the resolution
-    last, which RSG needs; empty: not known.
+    input_size: side in pixels of the images that the network was made for; square: what a test image is cut
+    to. last_stage: name of the part that halves the resolution last, which RSG needs; empty: not known.
     """
 
     def __init__(
@@ -183,12 +182,12 @@ class Normalised(nn.Module):
         mean: list[float],
         std: list[float],
         input_size: int,
-        centre: float = CENTRE,
+        square: Square = SQUARE,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_features = num_features
-        self.input_size, self.centre = input_size, centre
+        self.input_size, self.square = input_size, square
         self._last_stage = last_stage
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -284,7 +283,7 @@ TIMM = "timm:"  # what a network of timm is called: `timm:vit_small_patch14_dino
 
 
 def _timm(name: str) -> nn.Module:
-    """A network of timm with random weights: mean, deviation, size and test cut as timm states them."""
+    """A network of timm with random weights: mean, deviation, size and test square as timm states them."""
     import timm
 
     if name.partition(".")[0] not in timm.list_models():
@@ -297,7 +296,8 @@ def _timm(name: str) -> nn.Module:
     known = timm.data.resolve_model_data_config(network)
     mean, std = ([255 * value for value in known[which]] for which in ("mean", "std"))
     num_features = getattr(network, "head_hidden_size", network.num_features)
-    return Normalised(network, num_features, "", mean, std, known["input_size"][1], known["crop_pct"])
+    square = Square(known["crop_pct"], known["interpolation"])
+    return Normalised(network, num_features, "", mean, std, known["input_size"][1], square)
 
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {

@@ -39,9 +39,10 @@ from lt_core.data.augmentation import augment, resize, to_pixels
 from lt_core.data.datasets import Dataset, Split
 from lt_core.data.distributed import synchronise_batch_norms
 from lt_core.data.image_files import (
-    CENTRE,
     EVALUATION_BATCH,
+    SQUARE,
     ImageFiles,
+    Square,
     evaluation_batches,
     training_batches,
 )
@@ -192,14 +193,14 @@ def training_pixels(
 
 
 def evaluation_pixels(
-    images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 1, centre: float = CENTRE
+    images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 1, square: Square = SQUARE
 ) -> Iterator[Tensor]:
     """Pixels [B, C, H, W] of all images in order, without augmentation; of files their central squares.
 
     times: over again so often, by the same workers.
     """
     if isinstance(images, ImageFiles):
-        yield from evaluation_batches(images, input_size, machine, times, centre)
+        yield from evaluation_batches(images, input_size, machine, times, square)
         return
     for _ in range(times):
         for chunk in images.split(EVALUATION_BATCH[machine.device.type]):
@@ -217,8 +218,8 @@ def feature_batches(
     """
     backbone.eval()
     network = backbone if times else None
-    centre = getattr(backbone, "centre", CENTRE)
-    for pixels in evaluation_pixels(images, input_size, machine, times or 1, centre):
+    square = getattr(backbone, "square", SQUARE)
+    for pixels in evaluation_pixels(images, input_size, machine, times or 1, square):
         if network is None:
             network = fold_batch_norm(backbone, pixels[:2])
         with machine.autocast():

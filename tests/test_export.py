@@ -107,6 +107,9 @@ def test_a_damaged_model_is_refused(digits, tmp_path):
         with pytest.raises(CacheError):
             export.load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"format_version": 1}')
+    with pytest.raises(CacheError, match="has format version 1, not 2"):
+        export.load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"format_version": 2}')
     with pytest.raises(CacheError, match="whole exported model"):
         export.load_model(tmp_path)
     with pytest.raises(CacheError, match="there is no exported model"):

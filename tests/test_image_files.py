@@ -16,9 +16,10 @@ from lt_core.data import image_files
 from lt_core.data.augmentation import draw_jitter
 from lt_core.data.datasets import decode
 from lt_core.data.image_files import (
+    SQUARE,
     Crops,
     ImageFiles,
-    central_square,
+    Square,
     decode_smaller,
     evaluation_batches,
     random_box,
@@ -173,15 +174,20 @@ def test_a_test_image_is_its_central_square(files):
     (pixels,) = evaluation_batches(files, 24, machine())
     assert len(pixels) == 24
     with Image.open(files.folder / "3.jpg") as image:
-        top, left, height, width = central_square(image.size)
+        top, left, height, width = SQUARE.box(image.size)
         assert (width, height) == (0.875 * 46, 0.875 * 46)
         corners = (left, top, left + width, top + height)
         expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR, box=corners))
     assert torch.equal(pixels[3].permute(1, 2, 0), torch.from_numpy(expected.copy()).float())
 
-    # Of a network that was made for the whole square
-    whole = next(evaluation_batches(files, 24, machine(), centre=1.0))
-    assert torch.equal(whole[3], files.pixels(3, 24, centre=1.0).float()) and not torch.equal(whole, pixels)
+    # Of a network that was made for another
+    square = Square(1.0, "bicubic")
+    other = next(evaluation_batches(files, 24, machine(), square=square))
+    with Image.open(files.folder / "3.jpg") as image:
+        expected = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC, box=(8.5, 0, 54.5, 46)))
+        assert (image.height, square.box(image.size)) == (46, (0, (image.width - 46) / 2, 46, 46))
+    assert torch.equal(other[3].permute(1, 2, 0), torch.from_numpy(expected.copy()).float())
+    assert torch.equal(other[3], files.pixels(3, 24, square).float())
 
 
 def test_large_photographs_are_decoded_smaller_and_look_the_same(tmp_path):
@@ -190,7 +196,7 @@ def test_large_photographs_are_decoded_smaller_and_look_the_same(tmp_path):
     photograph.save(tmp_path / "a.jpg", quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         assert decode_smaller(image, 100 / 1203) == 1 / 4
-        top, left, height, width = central_square(photograph.size)
+        top, left, height, width = SQUARE.box(photograph.size)
         corners = (left, top, left + width, top + height)
     with Image.open(tmp_path / "a.jpg") as image:
         whole = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, box=corners)).astype(float)

@@ -318,7 +318,7 @@ def test_a_study_of_a_network_of_timm_with_a_file_of_weights(tree, tmp_path, wit
     stored = load_cache(cache_file.parent).features("test")
     errors = (stored - features).abs().amax(1) / features.abs().max()
     assert errors.min() < 0.01  # int8: extraction cut the image as the exported model does
-    assert model.config["centre"] == 0.9  # as timm states it
+    assert model.config["square"] == {"part": 0.9, "resampling": "bicubic"}  # as timm states it
     assert scores.shape == (1, 3) and model.class_names == ["ant", "bee", "cat"]
 
 

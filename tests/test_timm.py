@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lt_core.checks import DataError, InputError
+from lt_core.data.image_files import Square
 from lt_core.data.weights import load_supervised_weights, load_weights_file, packaged_weights
 from lt_core.models import Normalised, build_backbone
 
@@ -21,10 +22,11 @@ networks = pytest.mark.parametrize("name", [CNN, VIT])
 
 
 @networks
-def test_mean_deviation_and_size_are_timms(name):
+def test_mean_deviation_size_and_square_are_timms(name):
     network = build_backbone(name)
     stated = timm.create_model(name.removeprefix("timm:")).pretrained_cfg
     assert network.input_size == stated["input_size"][1]
+    assert network.square == Square(stated["crop_pct"], stated["interpolation"])
     assert (network.mean.flatten() / 255).tolist() == pytest.approx(stated["mean"])
     assert (network.std.flatten() / 255).tolist() == pytest.approx(stated["std"])
 

@@ -30,8 +30,6 @@ from lt_core.checks import DataError, InputError, TrainingError
 from lt_core.data.augmentation import apply_jitter, to_pixels
 from lt_core.data.profiles import Augmentation, Recipe
 
-CENTRE = 0.875  # side of the central square that a test image is cut to, of its shorter side: 224 of 256;
-# a network may have been made for another (`Normalised.centre`)
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10  # of random crops; boxes that are drawn until one fits
 EVALUATION_BATCH = {"cuda": 256, "cpu": 64}  # images; larger ones leave a processor's caches
 GAP = 3.0  # a JPEG that is decoded smaller stays so many times as large as what is made of it
@@ -40,6 +38,26 @@ PREFETCH = 4  # pieces that each worker keeps ready
 Key = tuple[int, ...]  # the seed of a crop's random choices
 SHARED_MEMORY = Path("/dev/shm")  # where workers hand over what they made
 Crop = tuple[int, Key | None]  # row of the image and its key; None: the central square, nothing changes
+
+
+@dataclass(frozen=True)
+class Square:
+    """The central square that a test image is cut to, of which a network may have been made for another.
+
+    part: its side, of the image's shorter side (224 of 256); resampling: to the network's size, as Pillow
+    names it. Random crops of training are bilinear, as torchvision's.
+    """
+
+    part: float = 0.875
+    resampling: str = "bilinear"
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Its top, left, height and width in an image of (width, height) pixels."""
+        side = self.part * min(size)
+        return (size[1] - side) / 2, (size[0] - side) / 2, side, side
+
+
+SQUARE = Square()
 
 
 class Machine(Protocol):
@@ -64,9 +82,9 @@ class ImageFiles:
     def __getitem__(self, rows: Tensor | slice) -> ImageFiles:
         return ImageFiles(self.folder, self.names[rows if isinstance(rows, slice) else rows.numpy()])
 
-    def pixels(self, row: int, size: int, centre: float = CENTRE) -> Tensor:
+    def pixels(self, row: int, size: int, square: Square = SQUARE) -> Tensor:
         """One image as evaluation sees it: uint8 [3, S, S], its central square. Raises DataError."""
-        return Crops(self, size, centre=centre)[row, None][0].permute(2, 0, 1)
+        return Crops(self, size, square=square)[row, None][0].permute(2, 0, 1)
 
     def check(self, sample: int) -> None:
         """Decode `sample` images, evenly spaced; raises DataError naming one that cannot be read."""
@@ -102,13 +120,13 @@ class Crops(TorchDataset):
     """Crops of `files` [M]: crops[row, key] gives pixels uint8 [S, S, 3] and colour changes [4]."""
 
     def __init__(
-        self, files: ImageFiles, size: int, how: Augmentation | None = None, centre: float = CENTRE
+        self, files: ImageFiles, size: int, how: Augmentation | None = None, square: Square = SQUARE
     ) -> None:
         if not size:
             raise InputError("images in files need an input_size in the recipe")
         if how is not None and how.crop_padding:
             raise InputError("crop_padding is for images in memory: use random_resized_crop for files")
-        self.files, self.size, self.how, self.centre = files, size, how, centre
+        self.files, self.size, self.how, self.square = files, size, how, square
 
     def __getitem__(self, crop: Crop) -> tuple[Tensor, Tensor]:
         row, key = crop
@@ -119,8 +137,8 @@ class Crops(TorchDataset):
                 top, left, height, width = box
                 smaller = decode_smaller(image, self.size / min(height, width))
                 corners = tuple(smaller * edge for edge in (left, top, left + width, top + height))
-                size = (self.size, self.size)
-                cut = as_rgb(image).resize(size, Image.Resampling.BILINEAR, box=corners)
+                resampling = Image.Resampling["BILINEAR" if key else self.square.resampling.upper()]
+                cut = as_rgb(image).resize((self.size, self.size), resampling, box=corners)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{name} in {self.files.folder} is not a readable image: {error}") from None
         cut = ImageOps.mirror(cut) if mirrored else cut
@@ -135,7 +153,7 @@ class Crops(TorchDataset):
 
     def _choices(self, image: Image.Image, key: Key | None) -> tuple[tuple[float, ...], bool, Tensor]:
         """The box to cut (top, left, height, width), whether it is mirrored, and colour changes [4]."""
-        box, mirrored, jitter = central_square(image.size, self.centre), False, (1.0, 1.0, 1.0, 0.0)
+        box, mirrored, jitter = self.square.box(image.size), False, (1.0, 1.0, 1.0, 0.0)
         if key is not None:
             generator = np.random.default_rng(key)
             if self.how.random_resized_crop:
@@ -144,12 +162,6 @@ class Crops(TorchDataset):
             if self.how.colour_jitter:
                 jitter = random_jitter(self.how, generator)
         return box, mirrored, torch.tensor(jitter, dtype=torch.float32)
-
-
-def central_square(size: tuple[int, int], centre: float = CENTRE) -> tuple[float, float, float, float]:
-    """The central square (top, left, height, width) of an image of (width, height) pixels."""
-    side = centre * min(size)
-    return (size[1] - side) / 2, (size[0] - side) / 2, side, side
 
 
 def random_box(size: tuple[int, int], smallest: float, generator: np.random.Generator) -> tuple[int, ...]:
@@ -216,18 +228,18 @@ def _training_crops(
 
 
 def evaluation_batches(
-    files: ImageFiles, size: int, machine: Machine, times: int = 1, centre: float = CENTRE
+    files: ImageFiles, size: int, machine: Machine, times: int = 1, square: Square = SQUARE
 ) -> Iterator[Tensor]:
     """Pixels [B, 3, S, S] (0..255, float, channels-last) of all images in order, each its central square.
 
-    times: over again so often, by the same workers. centre: side of the square, of the shorter side.
+    times: over again so often, by the same workers.
     """
     batches = (
         [(row, None) for row in rows]
         for _ in range(times)
         for rows in _split(range(len(files)), EVALUATION_BATCH[machine.device.type])
     )
-    for pixels, _ in _loaded(Crops(files, size, centre=centre), batches, machine):
+    for pixels, _ in _loaded(Crops(files, size, square=square), batches, machine):
         yield pixels
 
 
