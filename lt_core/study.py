@@ -137,7 +137,7 @@ def study_images(folder: str, network: str, options: Options, lists: dict[str, P
         named = {split: str(path.resolve()) for split, path in (lists or {}).items()}
         images = {name: OwnImages(folder=str(place), lists=named)}
     out = _output_folder(options.out, name)
-    about, splits = f"a study of {name} with {network}", ["train", "val", "test"]
+    about, splits = f"A study of {name} with {network}", ["train", "val", "test"]
     if name in {*BUILT_IN, *FROM_ARCHIVE}:
         num_images = len(load_dataset(name, options.data_root).splits["train"])
         about += MADE_VAL if name in FROM_ARCHIVE else ""
@@ -193,7 +193,7 @@ def _written_as_cache(file: Path, options: Options) -> Path:
     cache = FeatureCache.from_arrays(**splits, **own, **scale, name=name)
     out = _output_folder(options.out, name)
     profile = out / f"study-{name}.toml"
-    about = f"a study of {name}, given as features" + ("" if "val" in splits else MADE_VAL)
+    about = f"A study of {name}, given as features" + ("" if "val" in splits else MADE_VAL)
     num_images = len(cache.labels("train"))
     _write_profile(profile, about, name, {}, "features", options, list(cache.splits), num_images)
     load_profile.cache_clear()

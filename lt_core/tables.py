@@ -429,10 +429,10 @@ def to_html(table: pd.DataFrame, rule: str = "paper") -> str:
     for name, cells in _by_row(table, rule):
         block, _, label = plain_name(name).rpartition(" / ")
         if block and block != above:
-            body.append(f'<tr><th class="block" colspan="{1 + len(groups)}">{_html_name(block)}</th></tr>')
+            body.append(f'<tr><th class="block" colspan="{1 + len(groups)}">{html_name(block)}</th></tr>')
         above = block
         texts = "".join(_html_cell(cells.get(g), best.get((block, g))) for g in groups)
-        body.append(f'<tr><th scope="row">{_html_name(label)}</th>{texts}</tr>')
+        body.append(f'<tr><th scope="row">{html_name(label)}</th>{texts}</tr>')
     head = "".join(f'<th scope="col">{group}</th>' for group in groups)
     notes = notes_of(table, rule)
 
@@ -449,7 +449,7 @@ def to_html(table: pd.DataFrame, rule: str = "paper") -> str:
     return STYLE + whole + below + folded_notes("Seeds, backbones and notes", others)
 
 
-def _html_name(name: str) -> str:
+def html_name(name: str) -> str:
     """A row's name with its exponents raised: w^hc(20)."""
     return re.sub(r"w\^(hc?)", r"<i>w</i><sup>\1</sup>", html.escape(name))
 
