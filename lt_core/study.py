@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from torch import Tensor
 from lt_core import backbones, classifiers, paths, runner
 from lt_core.cache import FeatureCache, load_cache, save_cache
 from lt_core.checks import DataError, InputError, first_line
-from lt_core.data.augmentation import resize, to_pixels
 from lt_core.data.datasets import (
     BUILT_IN,
     FROM_ARCHIVE,
@@ -50,7 +49,7 @@ from lt_core.data.profiles import OwnImages, load_profile
 from lt_core.data.weights import TORCHVISION
 from lt_core.export import NOT_ROWS, save_model, trained_job
 from lt_core.models import TIMM, build_backbone
-from lt_core.train import feature_batches
+from lt_core.train import evaluation_pixels, feature_batches
 
 NOTEBOOK, BACKBONE = "15_your_images", "study"
 EPOCHS, BATCH, LEAST_STEPS = 20, 128, 20  # of the classifier's training; smaller batches on small data sets
@@ -401,14 +400,11 @@ def _blocks(network: torch.nn.Module, split: Split, start: int, job: backbones.J
 
 def _probe(network: torch.nn.Module, job: backbones.Job) -> None:
     """Raises InputError where the network does not take these images, before an hour is spent on them."""
-    split, size = job.data.splits["train"], job.recipe.input_size
-    if isinstance(split.images, ImageFiles):
-        pixels = split.images.pixels(0, size)[None].float()
-    else:
-        pixels = resize(to_pixels(split.images[:1]), size)
+    first, alone = job.data.splits["train"].images[:1], replace(job.machine, workers=0)
+    pixels = next(evaluation_pixels(first, job.recipe.input_size, alone))
     try:
         with torch.inference_mode():
-            found = network.eval()(pixels.to(job.machine.device)).shape[1:]
+            found = network.eval()(pixels).shape[1:]
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(
             f"{job.backbone.network} does not take images of {list(pixels.shape[1:])} ({first_line(error)}): "

@@ -209,17 +209,22 @@ def evaluation_pixels(
 
 @torch.inference_mode()
 def feature_batches(
-    backbone: nn.Module, images: Tensor | ImageFiles, input_size: int, machine: Machine, times: int = 0
+    backbone: nn.Module,
+    images: Tensor | ImageFiles,
+    input_size: int,
+    machine: Machine,
+    times: int = 1,
+    fold: bool = True,
 ) -> Iterator[Tensor]:
     """Features [B, F] (float32, on the CPU) of all images in order, without augmentation.
 
-    times: so often, by the same workers, of a network that is trained in between; the caller sees to `eval`.
-    0: once, of a network that stays as it is, so that its batch norms can be folded.
+    times: over again so often, by the same workers. fold: whether batch norms become parts of convolutions;
+    False for a network that is trained in between, whose caller sees to `eval` from the second time on.
     """
     backbone.eval()
-    network = backbone if times else None
+    network = None if fold else backbone
     square = getattr(backbone, "square", SQUARE)
-    for pixels in evaluation_pixels(images, input_size, machine, times or 1, square):
+    for pixels in evaluation_pixels(images, input_size, machine, times, square):
         if network is None:
             network = fold_batch_norm(backbone, pixels[:2])
         with machine.autocast():
@@ -420,7 +425,9 @@ def fit(
         share = slice(machine.rank, None, machine.world_size)
         val = Split(val.images[share], val.labels[share])
     validations = recipe.epochs - state["epoch"]
-    val_features = feature_batches(model.backbone, val.images, recipe.input_size, machine, validations)
+    val_features = feature_batches(
+        model.backbone, val.images, recipe.input_size, machine, validations, fold=False
+    )
 
     total, warmup = steps * recipe.epochs, steps * recipe.warmup_epochs
     with sigterm_noted() as preempted:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from lt_core.checks import DataError, InputError, TrainingError
-from lt_core.data.augmentation import apply_jitter, to_pixels
+from lt_core.data.augmentation import apply_jitter, sent, to_pixels
 from lt_core.data.profiles import Augmentation, Recipe
 
 ASPECTS, TRIES = (3 / 4, 4 / 3), 10  # of random crops; boxes that are drawn until one fits
@@ -137,7 +137,7 @@ class Crops(TorchDataset):
                 top, left, height, width = box
                 smaller = decode_smaller(image, self.size / min(height, width))
                 corners = tuple(smaller * edge for edge in (left, top, left + width, top + height))
-                resampling = Image.Resampling["BILINEAR" if key else self.square.resampling.upper()]
+                resampling = Image.Resampling[(self.square.resampling if key is None else "bilinear").upper()]
                 cut = as_rgb(image).resize((self.size, self.size), resampling, box=corners)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{name} in {self.files.folder} is not a readable image: {error}") from None
@@ -244,19 +244,23 @@ def evaluation_batches(
 
 
 def _loaded(crops: Crops, batches: Iterable[list[Crop]], machine: Machine) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order, pixels as float on the device; raises DataError in the words of a worker's."""
+    """Batches in order: pixels as float on the device, and their colour changes. Raises DataError."""
     if machine.workers:
         made = _from_workers(crops, batches, machine)
     else:
-        made = (default_collate(crops.__getitems__(batch)) for batch in batches)
+        whole = (default_collate(crops.__getitems__(batch)) for batch in batches)
+        made = ((sent(pixels, machine.device), jitter) for pixels, jitter in whole)
     for pixels, jitter in made:
-        yield to_pixels(pixels.to(machine.device, non_blocking=True)), jitter
+        yield to_pixels(pixels), jitter
 
 
 def _from_workers(
     crops: Crops, batches: Iterable[list[Crop]], machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order, uint8 [B, S, S, 3] on the device, which worker processes make in pieces."""
+    """Batches in order, uint8 [B, S, S, 3] on the device, which worker processes make in pieces.
+
+    Raises DataError in the words of a worker's, TrainingError where one is ended from outside.
+    """
     _check_shared_memory(crops.size, machine)
     sizes: deque[int] = deque()
 
